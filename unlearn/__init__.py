@@ -1,0 +1,29 @@
+"""Audit a checkpoint for memorised records, forget them in a copy, attack the copy, report.
+
+    from unlearn import audit, forget
+    run = audit("checkpoint", records="records.jsonl")
+    run = forget("request.yaml")
+
+Importing this package loads no model library; the first call does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from unlearn._version import __version__
+
+if TYPE_CHECKING:
+    from unlearn.audit import audit
+    from unlearn.forget import forget
+    from unlearn.run import Run
+
+__all__ = ["Run", "__version__", "audit", "forget"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("audit", "forget", "Run"):
+        from unlearn import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'unlearn' has no attribute {name!r}")
