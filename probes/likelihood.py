@@ -11,7 +11,9 @@ extraction (2410.19482) and exposure ranks are pure functions of these rows (`pr
 Shape letters: B records, T padded tokens, C completion tokens in one chunk, N completion tokens in all, V vocabulary, d width.
 
 Only completion positions meet the output head, a chunk at a time; the reductions reuse the chunk's own memory.
-Batches are right-padded (a causal mask hides what follows), so no real token ever sees padding.
+Batches are right-padded and run without a padding mask: a causal mask hides what follows, so no real token ever sees
+padding, while a mask could leave a padded position nothing to attend to (a sliding window full of padding), and the
+NaN of that position would reach real tokens as 0 * NaN.
 """
 
 from __future__ import annotations
@@ -170,8 +172,8 @@ def _reduce(logits: Tensor, target: Tensor, scheme: SamplingScheme) -> Tensor:
 def _batch_rows(model: nn.Module, model_map: ModelMap, batch: Sequence[TokenRecord], scheme: SamplingScheme) -> Tensor:
     """Rows [sum of completion lengths, 7] of one batch, on the CPU, records in batch order."""
     device = next(model.parameters()).device
-    ids, mask = pad(batch, device)  # [B, T]
-    hidden = model_map.backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    ids, _ = pad(batch, device)  # [B, T]
+    hidden = model_map.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
     where = torch.zeros_like(ids, dtype=torch.bool)  # [B, T] positions whose next token is a completion token
     for row, record in enumerate(batch):
         where[row, record.n_prompt - 1 : len(record.ids) - 1] = True
@@ -360,8 +362,8 @@ def _views(
         batch = [record, *peers[: min(room, 16) - 1]]
         if len(batch) == 1:
             batch = [record, record]
-        ids, mask = pad(batch, device)
-        hidden = model_map.backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        ids, _ = pad(batch, device)
+        hidden = model_map.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
         states = hidden[0, record.n_prompt - 1 : len(record.ids) - 1]
         out.append(_top(model_map.logits(states), record))
     return out
@@ -375,8 +377,8 @@ def _top(logits: Tensor, record: TokenRecord) -> Tensor:
 
 
 def _extremes(model: nn.Module, model_map: ModelMap, record: TokenRecord) -> Tensor:
-    ids, mask = pad([record], next(model.parameters()).device)
-    hidden = model_map.backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    ids, _ = pad([record], next(model.parameters()).device)
+    hidden = model_map.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
     return _top(model_map.logits(hidden[0, record.n_prompt - 1 : len(record.ids) - 1]), record)
 
 

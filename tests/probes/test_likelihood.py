@@ -51,13 +51,16 @@ def oracle(model: torch.nn.Module, record: TokenRecord) -> dict[str, np.ndarray]
 @pytest.mark.parametrize("batching", [{"batch_tokens": 64}, {"batch_size": 4}, {"batch_tokens": 1}])
 def test_every_row_equals_the_oracle(arch: str, batching: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood, "CHUNK_ELEMENTS", 96 * 7)  # seven positions a chunk, so chunks cut records
-    model = tiny.causal_lm(arch).double()
+    # Mixtral's experts run in single precision only; Gemma-2 and its like compute parts of attention in it.
+    model = tiny.causal_lm(arch) if arch == "mixtral" else tiny.causal_lm(arch).double()
+    tolerance = {"mixtral": 1e-5, "gemma2": 1e-6}.get(arch, 1e-9)
     records = make_records(LENGTHS)
     table = score(model, records, **batching)
     assert table.record_ids == tuple(record.record_id for record in records)
     for i, record in enumerate(records):
         for name, expected in oracle(model, record).items():
-            np.testing.assert_allclose(getattr(table, name)[table.rows(i)], expected, rtol=1e-9, atol=1e-9, err_msg=name)
+            rows = getattr(table, name)[table.rows(i)]
+            np.testing.assert_allclose(rows, expected, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 def test_float32_is_within_1e_5_of_the_float64_oracle() -> None:
@@ -152,7 +155,7 @@ def test_out_of_memory_halves_batches_without_changing_results(monkeypatch: pyte
 
     monkeypatch.setattr(likelihood, "_batch_rows", starved)
     split = score(model, records, batch_size=9)
-    assert split.splits == 7  # 9 -> 5 + 4 -> (3 + 2) + (2 + 2) -> 3 -> 2 + 1: four halvings of size > 2 ...
+    assert split.splits == 4  # 9 = 5 + 4, 5 = 3 + 2, 4 = 2 + 2, 3 = 2 + 1
     np.testing.assert_allclose(split.log_prob, whole.log_prob, atol=1e-5)
 
     def always(model, model_map, batch, scheme):
