@@ -1,0 +1,117 @@
+"""What an editor is: it reads a checkpoint, the records to forget and the data to keep, and writes an edited copy.
+
+An editor never writes to its source, never sees the control set or the reference, and never chooses a hyper-parameter
+on the records it will be judged by with the reference model's help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from probes.errors import UsageError
+from probes.records import ImageRecord, TokenRecord
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from probes.modelmap import ModelMap
+    from unlearn.checkpoint import Checkpoint
+    from unlearn.writer import Deltas
+
+Record = TokenRecord | ImageRecord
+Progress = Callable[[int, int], None]
+
+# Registered name -> where the class lives. Requests name editors by this name, never by an import path.
+EDITORS = {"ssd": "unlearn.editors.ssd:SSDEditor"}
+
+
+@dataclass(slots=True)
+class EditContext:
+    """Everything an editor may use.
+
+    Attributes:
+        source: the checkpoint to edit.
+        model: the source loaded in the run's dtype and device, in evaluation mode; left as it was found.
+        model_map: its map.
+        forget: records to forget.
+        retain: records whose behaviour must stay.
+        seed: for every random choice.
+        work: a private folder for intermediate files; may be emptied afterwards.
+        cache_parts: what a cached result about this model depends on (digests, dtype, device), without the data.
+        progress: called with (done, total).
+    """
+
+    source: Checkpoint
+    model: nn.Module
+    model_map: ModelMap
+    forget: Sequence[Record]
+    retain: Sequence[Record]
+    seed: int
+    work: Path
+    cache_parts: dict[str, Any] = field(default_factory=dict)
+    progress: Progress = lambda done, total: None
+
+
+@dataclass(slots=True)
+class EditResult:
+    """What an editor did.
+
+    Attributes:
+        deltas: from `write_edited`.
+        parameters: resolved hyper-parameters, automatic choices included.
+        statistics: numbers about the edit, for `edit/delta.json`.
+        importances: how each statistic of the data was obtained: digests, counts, whether it was reused.
+        warnings: one line each, for the report.
+    """
+
+    deltas: Deltas
+    parameters: dict[str, Any]
+    statistics: dict[str, Any]
+    importances: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Editor(Protocol):
+    """An editing method with validated parameters."""
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    paper: ClassVar[str]
+    needs_retain: ClassVar[bool]
+
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        """Validate parameters.
+
+        Raises:
+            UsageError: listing every mistake.
+        """
+
+    def selected(self, model_map: ModelMap) -> list[str]:
+        """Names of the parameters the editor may change.
+
+        Raises:
+            UsageError: if a glob matches nothing.
+        """
+
+    def passes(self, n_forget: int, n_retain: int) -> dict[str, int]:
+        """Forward and forward-plus-backward passes over records that the edit will take, for the plan."""
+
+    def edit(self, context: EditContext, out: Path) -> EditResult:
+        """Write the edited copy to `out`."""
+
+
+def make_editor(name: str, parameters: dict[str, Any]) -> Editor:
+    """The registered editor of that name.
+
+    Raises:
+        UsageError: for an unknown name or invalid parameters.
+    """
+    if name not in EDITORS:
+        raise UsageError(f"expected a method among {', '.join(sorted(EDITORS))}, found another name")
+    module, _, attribute = EDITORS[name].partition(":")
+    editor: Editor = getattr(import_module(module), attribute)(parameters)
+    return editor
