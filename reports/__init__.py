@@ -1,0 +1,16 @@
+"""Run folder in, documents out: report.json and from it HTML and Markdown, byte for byte reproducible.
+
+    from reports import check, write
+    paths = write(run_folder, audience="regulator")
+    problems = check(run_folder)  # [] while every document is what the run renders to
+
+Imports none of the toolkit's other packages and no model library.
+"""
+
+from __future__ import annotations
+
+from reports.build import ReportError, build
+from reports.documents import AUDIENCES, FORMATS, check, load_report, write
+from reports.schema import SCHEMA, report_schema
+
+__all__ = ["AUDIENCES", "FORMATS", "SCHEMA", "ReportError", "build", "check", "load_report", "report_schema", "write"]

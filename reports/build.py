@@ -1,0 +1,478 @@
+"""Run folder in, report.json out: `build` is a pure function of the files the pipelines wrote.
+
+Times, host names and absolute paths never enter, and neither does run.json's status or argv, which differ between a
+run and its resumed twin: the same measurements give the same bytes. Every string is cleaned (`reports.text.clean`),
+every number is finite or null. What a run did not do is present as `not_run` with its reason, never absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from reports.arms import measured_arms
+from reports.schema import SCHEMA
+from reports.text import CLAIM_LEVELS, VERDICTS, Json, clean, finite, tree
+
+RESIDUAL_FLOOR = 0.2
+DURABILITY = "recovery"  # first part of the names of attacks on an edit: recovery.relearning, recovery.pruning
+STAGES = ("before", "after", "reference")
+_OUTSIDE_CUSTODY = {"private", "report", "attest", "run.json", "events.jsonl"}
+_GREEDY_RANK = {"extracted": 2, "uncertain": 1}
+_CHECKPOINT_KEYS = (
+    "name",
+    "revision",
+    "kind",
+    "architecture",
+    "parameters",
+    "tensors",
+    "dtype",
+    "tied",
+    "bytes",
+    "tensor_digest",
+    "tokenizer_digest",
+    "chat_template_digest",
+)
+
+
+class ReportError(Exception):
+    """A run folder cannot be reported on; `exit_code` is what the command line returns for it."""
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def build(run: Path) -> Json:
+    """The report of a run folder, as the dictionary that report.json holds.
+
+    Args:
+        run: run folder of an audit or a forget run, finished or not.
+
+    Raises:
+        ReportError: if the folder is no run folder or a file in it is damaged.
+    """
+    try:
+        return _build(Path(run))
+    except (AttributeError, KeyError, TypeError, ValueError):  # JSON of another shape; its text stays unquoted
+        raise ReportError("expected the files unlearn writes, found another structure; the run is damaged", 4) from None
+
+
+def _build(run: Path) -> Json:
+    header = _read(run, "run.json")
+    kind = header.get("kind")
+    if kind not in ("audit", "forget"):
+        raise ReportError("expected kind audit or forget in run.json, found another; was this written by unlearn?")
+    measured = {stage: _measurement(run, stage) for stage in STAGES}
+    paired = _read(run, "compare/paired.json", required=False)
+    decision = _read(run, "compare/criteria.json", required=False)
+    request = _read(run, "inputs/request.json", required=False)
+    custody = _custody(run, measured)
+    attacks = _attacks(run, measured, paired.get("arms") or {})
+    versions = tree(header.get("versions") or {})
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "unlearn-audit", "version": str(versions.get("unlearn-audit", versions.get("unlearn", "")))},
+        "run": {
+            "kind": kind,
+            "seed": header.get("seed"),
+            "device": _text(header.get("device")),
+            "dtype": _text(header.get("dtype")),
+            "versions": versions,
+            "environment": tree(_read(run, "inputs/environment.json", required=False) or {}),
+            "sets": _sets(_read(run, "inputs/sets.json", required=False) or {}),
+            "measurements": measured,
+        },
+        "checkpoint": _checkpoints(run, measured, custody),
+        "request": _request(request),
+        "subject": _subject(request),
+        "method": _method(run),
+        "records": _records(run),
+        "attacks": attacks,
+        "utility": _utility(kind, paired),
+        "robustness": _robustness(kind, attacks),
+        **_decision(decision, [stage for stage in STAGES[: 2 if kind == "forget" else 1] if measured[stage] is None]),
+        "custody": custody,
+    }
+
+
+def dumps(report: Json) -> bytes:
+    """The bytes of report.json: sorted keys, two spaces, UTF-8, no NaN."""
+    return (json.dumps(report, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _read(run: Path, name: str, *, required: bool = True) -> Json:
+    """A JSON object of the run folder; {} if it is absent and not required."""
+    try:
+        value = json.loads((run / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not required:
+            return {}
+        raise ReportError(f"expected {name} in the run folder, found none; name the folder that holds it") from None
+    except (OSError, ValueError):
+        raise ReportError(f"expected readable JSON in {name}, found none; the run folder is damaged", 4) from None
+    if not isinstance(value, dict):
+        raise ReportError(f"expected an object in {name}, found something else; the run folder is damaged", 4)
+    return value
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else clean(str(value))
+
+
+def _float(value: Any) -> float | None:
+    return finite(float(value)) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _figure(raw: Any) -> Json | None:
+    """A figure with exactly its seven keys; None if there is none."""
+    if not isinstance(raw, dict):
+        return None
+    direction = raw.get("direction")
+    return {
+        "value": _float(raw.get("value")),
+        "unit": _text(raw.get("unit")) or "",
+        "n": int(raw.get("n") or 0),
+        "ci_low": _float(raw.get("ci_low")),
+        "ci_high": _float(raw.get("ci_high")),
+        "ci_level": _float(raw.get("ci_level")),
+        "direction": direction if direction in ("lower", "higher") else "none",
+    }
+
+
+def _measurement(run: Path, stage: str) -> Json | None:
+    """Set-level figures of one stage, with the engine they came from and its noise floor; None if it did not run."""
+    raw = _read(run, f"{stage}/metrics.json", required=False)
+    if not raw:
+        return None
+    sets = {
+        clean(name): {
+            "n": int(part.get("n") or 0),
+            "figures": {clean(metric): _figure(figure) for metric, figure in (part.get("figures") or {}).items()},
+        }
+        for name, part in (raw.get("sets") or {}).items()
+        if part
+    }
+    return {
+        "task": _text(raw.get("task")),
+        "tensor_digest": _text(raw.get("tensor_digest")),
+        "engine": tree(raw.get("engine") or {}),
+        "noise_floor": tree(raw.get("noise_floor") or {}),
+        "sets": sets,
+    }
+
+
+def _sets(raw: Json) -> Json:
+    """Size, origin and digest of each record set."""
+    return {
+        name: {
+            "n": int((raw.get(name) or {}).get("n") or 0),
+            "source": _text((raw.get(name) or {}).get("source")) or "none",
+            "digest": _text((raw.get(name) or {}).get("digest")),
+            "tokens": (raw.get(name) or {}).get("tokens"),
+        }
+        for name in ("records", "control", "retain")
+    }
+
+
+def _checkpoints(run: Path, measured: Json, custody: Json) -> Json:
+    """Identity of the original, the edited copy (its files hashed as they lie in the run folder) and the reference.
+
+    What the edited copy's own description (edit/checkpoint.json) does not say is not assumed, except for what no edit
+    changes: architecture, size, data type, tying.
+    """
+    before = _checkpoint(_read(run, "inputs/checkpoint.json"))
+    after = None
+    if measured["after"]:
+        prefix = "edit/checkpoint/"
+        files = [
+            {**row, "path": row["path"].removeprefix(prefix)}
+            for row in custody["files"]
+            if row["path"].startswith(prefix)
+        ]
+        described = _read(run, "edit/checkpoint.json", required=False)
+        kept = {key: before[key] for key in ("architecture", "parameters", "tensors", "dtype", "tied")}
+        after = (_checkpoint(described) if described else _checkpoint(kept)) | {
+            "name": f"{before['name']} (edited)",
+            "bytes": sum(row["size"] for row in files) or None,
+            "tensor_digest": measured["after"]["tensor_digest"],
+            "files": files,
+        }
+    reference = _read(run, "inputs/reference.json", required=False)
+    return {"before": before, "after": after, "reference": _checkpoint(reference) if reference else None}
+
+
+def _checkpoint(raw: Json) -> Json:
+    """A checkpoint's description with exactly the keys of the report."""
+    listed: list[Any] = next((raw[key] for key in ("manifest", "files") if isinstance(raw.get(key), list)), [])
+    files: list[Json] = [
+        {"path": clean(str(row.get("path"))), "size": int(row.get("size") or 0), "sha256": _text(row.get("sha256"))}
+        for row in listed
+        if isinstance(row, dict)
+    ]
+    described = {key: tree(raw.get(key)) for key in _CHECKPOINT_KEYS}
+    return described | {"name": described["name"] or "unnamed", "files": sorted(files, key=lambda row: row["path"])}
+
+
+def _request(raw: Json) -> Json | None:
+    """The redacted request without what has its own place in the report (subject, criteria)."""
+    return {key: tree(value) for key, value in raw.items() if key not in ("subject", "criteria")} if raw else None
+
+
+def _subject(raw: Json) -> Json | None:
+    subject, data = raw.get("subject"), raw.get("data") or {}
+    if not isinstance(subject, dict):
+        return None
+    return {key: tree(subject.get(key)) for key in ("kind", "pseudonym", "key_id")} | {
+        "categories": tree(data.get("categories") or []),
+        "special": data.get("special") if isinstance(data.get("special"), bool) else None,
+    }
+
+
+def _method(run: Path) -> Json | None:
+    """Method, resolved parameters, importances and the measured difference per tensor."""
+    plan = _read(run, "edit/plan.json", required=False)
+    if not plan:
+        return None
+    delta = _read(run, "edit/delta.json", required=False)
+    method = plan.get("method") or {}
+    edit = None
+    if delta:
+        tensors = [
+            {
+                "name": clean(str(row.get("name"))),
+                "dtype": _text(row.get("dtype")),
+                "shape": tree(row.get("shape") or []),
+                "changed": int(row.get("changed") or 0),
+                "rel_norm": _float(row.get("rel_norm")),
+                "block": row.get("block"),
+                "role": _text(row.get("role")),
+            }
+            for row in delta.get("tensors") or []
+        ]
+        edit = {
+            "tensors": sorted(tensors, key=lambda row: (-(row["rel_norm"] or 0.0), row["name"])),
+            "changed_elements": delta.get("changed_elements"),
+            "total_elements": delta.get("total_elements"),
+            "statistics": tree(delta.get("statistics") or {}),
+            "left_out": tree(delta.get("left_out") or []),
+        }
+    return {
+        "name": _text(method.get("name")) or "unnamed",
+        "version": _text(method.get("version")),
+        "paper": _text(method.get("paper")),
+        "parameters": tree(method.get("parameters") or {}),
+        "importances": tree(plan.get("importances") or {}),
+        "warnings": [clean(str(text)) for text in plan.get("warnings") or []],
+        "edit": edit,
+    }
+
+
+def _rows(run: Path, name: str) -> dict[str, Json]:
+    """A records table as {record id: {column: value}}; {} if the file is absent."""
+    path = run / name
+    if not path.is_file():
+        return {}
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except Exception:  # pyarrow raises its own family, and the text of a damaged file may hold anything
+        raise ReportError(f"expected a readable table in {name}, found none; the run folder is damaged", 4) from None
+    table = {clean(str(row.get("record_id"))): tree({k: v for k, v in row.items() if k != "record_id"}) for row in rows}
+    if len(table) != len(rows):
+        raise ReportError(f"expected unique record ids in {name}, found repeated ones; the run folder is damaged", 4)
+    return table
+
+
+def _records(run: Path) -> list[Json]:
+    """One row per record, worst first: extracted, then uncertain, then by probability, on the latest checkpoint."""
+    stages = {stage: _rows(run, f"{stage}/records.parquet") for stage in STAGES}
+    control = [row["loss"] for row in _rows(run, "after/control.parquet").values() if row.get("loss") is not None]
+    never_seen = max(control, default=None)
+    rows = []
+    for record_id in dict.fromkeys([*stages["before"], *stages["after"]]):
+        row: Json = {"id": record_id, "n_tokens": None}
+        for stage in STAGES:
+            figures = stages[stage].get(record_id)
+            if figures is not None:
+                row["n_tokens"] = figures.pop("n_tokens", row["n_tokens"])
+            row[stage] = figures
+        row["flags"] = _flags(row, never_seen)
+        rows.append(row)
+    return sorted(rows, key=_badness)
+
+
+def _badness(row: Json) -> tuple[int, float, str]:
+    now = row["after"] or row["before"] or {}
+    probability = now.get("probability", now.get("label_probability"))
+    return 0, -(probability if probability is not None else -1.0), row["id"]
+
+
+def _flags(row: Json, never_seen: float | None) -> list[str]:
+    """What a reader should notice about one record; over-forgotten = loss above every never-seen control record."""
+    flags = []
+    for stage, when in zip(STAGES, ("before", "after", "by the reference"), strict=True):
+        figures = row[stage] or {}
+        if figures.get("greedy") == "extracted":
+            flags.append(f"extracted {when}")
+        if figures.get("correct"):
+            flags.append(f"label predicted {when}")
+    now = row["after"] or row["before"] or {}
+    if now.get("greedy") == "uncertain":
+        flags.append("uncertain")
+    loss = (row["after"] or {}).get("loss")
+    if loss is not None and never_seen is not None and loss > never_seen:
+        flags.append("over-forgotten")
+    return flags
+
+
+def _attacks(run: Path, measured: Json, paired: Json) -> list[Json]:
+    """Every attack any stage names, in order, with its figure on each arm; the latest stage decides run or not run."""
+    rows: dict[str, Json] = {}
+    for stage in ("before", "after"):
+        for attack in _read(run, f"{stage}/metrics.json", required=False).get("attacks") or []:
+            rows[clean(str(attack.get("name") or "unnamed"))] = tree(attack)
+    result = []
+    for name, attack in rows.items():
+        metric = attack.get("figure") or ""
+        ran = attack.get("status") == "run"
+        given = paired.get(metric) or {}
+        level = measured_arms(measured, metric)
+        arms = {arm: _figure(given.get(arm)) or level[arm] if ran and metric else None for arm in "OUNR"}
+        result.append(
+            {
+                "name": name,
+                "goal": attack.get("goal") or "unspecified",
+                "access": attack.get("access") or "unspecified",
+                "budget": attack.get("budget"),
+                "status": "run" if ran else "not_run",
+                "reason": attack.get("reason") or (None if ran else "no reason was recorded"),
+                "metric": metric or None,
+                "arms": arms,
+                "residual": _residual(arms, given.get("residual")),
+            }
+        )
+    return result
+
+
+def _residual(arms: Json, given: Any) -> Json | None:
+    """(U - N) / (O - N), "not testable" where the records stood out by less than 0.2 before; None without three arms.
+
+    For a figure where higher is better (a loss), O - N is negative when a record stands out, so the gap takes the
+    figure's direction into account.
+    """
+    original, edited, control = ((arms[arm] or {}).get("value") for arm in "OUN")
+    if original is None or edited is None or control is None:
+        return None
+    gap = (original - control) * (-1 if arms["O"]["direction"] == "higher" else 1)
+    figure = _figure(given) or {
+        "value": finite((edited - control) / (original - control)) if original != control else None,
+        "unit": "ratio",
+        "n": arms["U"]["n"],
+        "ci_low": None,
+        "ci_high": None,
+        "ci_level": None,
+        "direction": "lower",
+    }
+    given = given if isinstance(given, dict) else {}
+    if gap < RESIDUAL_FLOOR:
+        reason = f"before the edit the records stood out from control by {gap:.3f}, less than {RESIDUAL_FLOOR}"
+        blank = {"value": None, "ci_low": None, "ci_high": None}
+        return figure | blank | {"status": "not testable", "reason": _text(given.get("reason")) or reason}
+    status = "not testable" if given.get("status") == "not testable" else "ok"
+    return figure | {"status": status, "reason": _text(given.get("reason"))}
+
+
+def _utility(kind: str, paired: Json) -> Json:
+    """Paired differences on the retain set, and whether the edit overshot never-seen data."""
+    figures = {
+        clean(metric): {part: _figure(row.get(part)) for part in ("before", "after", "difference")}
+        for metric, row in (paired.get("utility") or {}).items()
+    }
+    over = paired.get("over_forgetting")
+    reason = None
+    if not figures:
+        reason = "an audit edits nothing" if kind == "audit" else "no retain figures were compared"
+    return {
+        "status": "run" if figures else "not_run",
+        "reason": reason,
+        "figures": figures,
+        "over_forgetting": {"flag": bool(over.get("flag")), "statement": clean(str(over.get("statement") or ""))}
+        if over
+        else None,
+    }
+
+
+def _robustness(kind: str, attacks: list[Json]) -> Json:
+    """The attacks on the edit's durability: they are listed in attacks[], this says whether any ran."""
+    rows = [row for row in attacks if row["name"].partition(".")[0] == DURABILITY]
+    ran = any(row["status"] == "run" for row in rows)
+    reason = None
+    if kind == "audit":
+        reason = "an audit edits nothing"
+    elif not ran:
+        planned = "none of the planned robustness attacks ran"
+        reason = planned if rows else "no relearning, quantisation, pruning or paraphrase test is part of this run"
+    return {"status": "run" if ran else "not_run", "reason": reason, "attacks": [row["name"] for row in rows]}
+
+
+def _decision(raw: Json, missing: list[str]) -> Json:
+    """Criteria, verdict, claim level and limits; a run that reached no decision is inconclusive and says why."""
+    limits = [clean(str(text)) for text in raw.get("limits") or []]
+    if not raw:
+        gap = f" (no measurements: {', '.join(missing)})" if missing else ""
+        limits.append(f"The run stopped before its criteria were decided{gap}.")
+    verdict = raw.get("verdict", "inconclusive")
+    if verdict not in VERDICTS:
+        raise ReportError(f"expected a verdict out of {', '.join(VERDICTS)} in criteria.json, found another", 4)
+    level = raw.get("claim_level")
+    if level is not None and level not in CLAIM_LEVELS:
+        raise ReportError("expected a claim level E0 to E4 or null in criteria.json, found another", 4)
+    optional: dict[str, Callable[[Any], Any]] = {"max": _float, "margin": _float, "set": _text, "against": _text}
+    criteria = []
+    for row in raw.get("criteria") or []:
+        status = row.get("status")
+        criteria.append(
+            {key: clean(str(row.get(key))) for key in ("id", "metric", "aggregate", "test")}
+            | {key: convert(row.get(key)) for key, convert in optional.items()}
+            | {
+                "required": bool(row.get("required", True)),
+                "observed": _figure(row.get("observed")),
+                "status": status if status in ("met", "not met") else "inconclusive",
+                "reason": _text(row.get("reason")) or "",
+            }
+        )
+    return {"criteria": criteria, "verdict": verdict, "claim_level": level, "limits": limits}
+
+
+def _custody(run: Path, measured: Json) -> Json:
+    """sha256 of every file the report rests on; links are refused, since their target may change unseen."""
+    files = []
+    for folder, names, leaves in os.walk(run):
+        base = Path(folder)
+        top = base == run
+        names[:] = sorted(name for name in names if not (top and name in _OUTSIDE_CUSTODY))
+        for name in [*names, *leaves]:
+            if (base / name).is_symlink() and not (top and name in _OUTSIDE_CUSTODY):
+                where = clean((base / name).relative_to(run).as_posix())
+                raise ReportError(
+                    f"expected plain files in the run folder, found a link at {where}; copy its target", 4
+                )
+        for name in leaves:
+            path = base / name
+            if not (top and name in _OUTSIDE_CUSTODY):
+                with path.open("rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                where = clean(path.relative_to(run).as_posix())
+                files.append({"path": where, "size": path.stat().st_size, "sha256": digest})
+    return {
+        "files": sorted(files, key=lambda row: row["path"]),
+        "tensor_digest_in": (measured["before"] or {}).get("tensor_digest"),
+        "tensor_digest_out": (measured["after"] or {}).get("tensor_digest"),
+        "verify": "unlearn verify RUN",
+    }

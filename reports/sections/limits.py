@@ -1,0 +1,48 @@
+"""Section 10: the claim, its limits and what was not tested."""
+
+from __future__ import annotations
+
+from reports.blocks import ROWS, Block, Items, Prose
+from reports.sections.utility import over_forgetting
+from reports.text import CLAIM_LEVELS, Json, attack_label, number, short
+
+ALWAYS = (
+    "The results hold for the checkpoint with the tensor digest in section 2. A converted, quantised, merged or "
+    "further trained copy is another checkpoint and needs its own audit.",
+    "The intervals cover the records tested and prompts of the same kind, not every way to question a model.",
+    "Training data, backups, caches, exports and copies held by recipients are outside what this tool reaches.",
+    "A figure well beyond the control's level is a trace in itself: it can show what was removed.",
+    "Repeat the audit when the checkpoint changes, or when a stronger published attack applies to it.",
+)
+
+
+def limits(report: Json) -> list[Block]:
+    """Mandatory: claim level, worst record, this run's limits, what was not tested, what always applies."""
+    level = report["claim_level"]
+    claim = "This run supports no claim level."
+    if level:
+        claim = (
+            f"Highest claim level {level}: {CLAIM_LEVELS[level]}. It holds for the records and tests of this run only."
+        )
+    blocks: list[Block] = [Prose(claim)]
+    if report["records"]:
+        worst = report["records"][0]
+        now = worst["after"] or worst["before"] or {}
+        value = now.get("probability", now.get("label_probability"))
+        verdicts = {"extracted": ", written out word for word", "uncertain": ", greedy verdict uncertain"}
+        verdict = verdicts.get(now.get("greedy", ""), "")
+        blocks.append(Prose(f"Worst record: {short(worst['id'], 60)}, probability {number(value)}{verdict}."))
+    if report["utility"]["status"] == "not_run":
+        blocks += over_forgetting(report)
+    missing = [
+        f"{attack_label(row['name'])} ({row['access']}): {row['reason']}"
+        for row in report["attacks"]
+        if row["status"] == "not_run"
+    ]
+    none_missing = ["Every planned attack ran. An attack that was not planned is not listed."]
+    return [
+        *blocks,
+        Items("Limits of this run", report["limits"][:ROWS] or ["None was recorded beyond those below."]),
+        Items("Channels not tested", missing[:ROWS] or none_missing),
+        Items("What always applies", ALWAYS),
+    ]
