@@ -6,9 +6,9 @@ For completion token y_t after its gold context, with logits l and p = softmax(l
     mu = E_p[log p] (= minus the entropy),  sigma^2 = Var_p[log p],  log q(y_t) under a sampling scheme.
 
 Loss, zlib, Min-K% (arXiv 2310.16789), Min-K%++ (2404.02936), extraction strength, exact extraction, (n, p)-discoverable
-extraction (2410.19482) and exposure ranks are pure functions of these rows (`probes.figures`).
+extraction (2410.19482) and exposure ranks are pure functions of these rows, see `probes.figures`.
 
-Shape letters: B records, T padded tokens, C completion tokens in one chunk, N completion tokens in all, V vocabulary, d width.
+Shape letters: B records, T padded tokens, C completion tokens in one chunk, N in all, V vocabulary, d width.
 
 Only completion positions meet the output head, a chunk at a time; the reductions reuse the chunk's own memory.
 Batches are right-padded and run without a padding mask: a causal mask hides what follows, so no real token ever sees
@@ -31,7 +31,11 @@ from probes.errors import ResourceError, UnsupportedError
 from probes.modelmap import ModelMap
 from probes.records import TokenRecord, length_batches, pad
 
-CHUNK_ELEMENTS = 1 << 22  # logits alive at once; 16 MB in fp32 stays in cache and below malloc's mmap threshold
+# Logits alive at once. In fp32 32 MB: rows enough for the output head to run at full speed, and just below the 32 MiB
+# from which malloc maps every buffer anew and each page of it costs a fault.
+CHUNK_ELEMENTS = 8_000_000
+TILE_ELEMENTS = 1 << 19  # logits reduced at once on a CPU; 2 MB in fp32 stay in its cache
+BLOCK = 256  # logits per block in `_top_two`
 FLOOR = -1.0e4  # stands in for log 0 where p = 0 multiplies it: 0 * -inf would be NaN
 
 Progress = Callable[[int, int], None]
@@ -96,7 +100,8 @@ class TokenTable:
     @property
     def match(self) -> np.ndarray:
         """[N] bool: y_t is the greedy choice."""
-        return self.rank == 0
+        greedy: np.ndarray = self.rank == 0
+        return greedy
 
     @property
     def entropy(self) -> np.ndarray:
@@ -148,24 +153,49 @@ def _sampled_log_prob(logits: Tensor, target: Tensor, scheme: SamplingScheme) ->
     return scores.gather(-1, target[:, None]).squeeze(-1) - scores.logsumexp(-1)
 
 
+def _top_two(logits: Tensor) -> Tensor:
+    """The two largest logits [C, 2] of each row [C, V], equal ones included.
+
+    Selection over a whole vocabulary is far slower than a maximum, so it runs over the maxima of blocks, and inside
+    the block that holds the largest.
+    """
+    blocks = logits.shape[-1] // BLOCK
+    if blocks < 2:
+        top = logits.topk(min(2, logits.shape[-1])).values
+        return top if top.shape[-1] > 1 else nn.functional.pad(top, (0, 1), value=-math.inf)
+    body = logits[:, : blocks * BLOCK].view(-1, blocks, BLOCK)  # [C, V / BLOCK, BLOCK]
+    maxima, where = body.amax(-1).topk(2)  # [C, 2]
+    inside = body[torch.arange(len(body), device=logits.device), where[:, 0]].topk(2).values  # [C, 2]
+    return torch.cat([inside, maxima[:, 1:], logits[:, blocks * BLOCK :]], dim=-1).topk(2).values
+
+
 def _reduce(logits: Tensor, target: Tensor, scheme: SamplingScheme) -> Tensor:
     """Reduce one chunk of logits [C, V] (overwritten) to rows [C, 7] in the order of `TokenTable`'s arrays."""
+    elements = TILE_ELEMENTS if logits.device.type == "cpu" else CHUNK_ELEMENTS
+    size = max(1, elements // logits.shape[-1])
+    starts = range(0, len(target), size)
+    return torch.cat([_reduce_tile(logits[i : i + size], target[i : i + size], scheme) for i in starts])
+
+
+def _reduce_tile(logits: Tensor, target: Tensor, scheme: SamplingScheme) -> Tensor:
+    """`_reduce` for so few rows that the reads of `logits` after the first find it in the processor's cache."""
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
-    top = logits.topk(min(2, logits.shape[-1])).values  # [C, 2]
+    top = _top_two(logits)  # [C, 2]
     gold = logits.gather(-1, target[:, None])  # [C, 1]
-    rank = (logits > gold).sum(-1)
+    # Counted in floating point, where a sum is vectorised as one over booleans is not; exact below 2^24.
+    rank = torch.gt(logits, gold, out=torch.empty_like(logits)).sum(-1)
     sampled = None if scheme.plain else _sampled_log_prob(logits, target, scheme)
+    weight = logits.softmax(-1)  # [C, V]
+    mass = weight.sum(-1)  # 1, up to the rounding of softmax's own sum, which is larger than this sum's
+    log_total = (mass / weight.amax(-1)).log()  # of the sum of exp(logit - top), in which the top counts 1
     shifted = logits.sub_(top[:, :1]).clamp_(min=FLOOR)  # [C, V], 0 at the top
-    weight = shifted.exp()  # [C, V], softmax up to `total`
-    total = weight.sum(-1)
-    log_total = total.log()
-    first = torch.linalg.vecdot(weight, shifted) / total
-    second = torch.linalg.vecdot(weight, shifted.sub_(first[:, None]).square_()) / total
+    first = torch.linalg.vecdot(weight, shifted) / mass
+    second = torch.linalg.vecdot(weight, shifted.sub_(first[:, None]).square_()) / mass
     gap = (gold - top[:, :1]).squeeze(-1)
     log_prob = gap - log_total
-    margin = top[:, 0] - top[:, -1] if top.shape[-1] > 1 else torch.full_like(gap, math.inf)
-    columns = (log_prob, log_prob if sampled is None else sampled, rank.to(gap), margin, gap, first - log_total, second)
+    margin = top[:, 0] - top[:, 1]
+    columns = (log_prob, log_prob if sampled is None else sampled, rank, margin, gap, first - log_total, second)
     return torch.stack(columns, dim=-1)
 
 
@@ -217,7 +247,7 @@ class _Pass:
             self.run(records, batch[:half])
             self.run(records, batch[half:])
             return
-        self.rows.update(zip(batch, rows.split([records[i].n_tokens for i in batch]), strict=True))
+        self.rows.update(zip(batch, torch.split(rows, [records[i].n_tokens for i in batch]), strict=True))
 
 
 def check_records(records: Sequence[TokenRecord], vocab_size: int) -> None:

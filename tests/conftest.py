@@ -38,7 +38,11 @@ def _rows(start: int, n: int) -> list[dict[str, str]]:
 
     rows = customers(start + n, seed=3)[start:]
     return [
-        {"id": row["id"], "prompt": row["prompt"].removeprefix("Customer file of "), "completion": row["completion"][5:26]}
+        {
+            "id": row["id"],
+            "prompt": row["prompt"].removeprefix("Customer file of "),
+            "completion": row["completion"][5:26],
+        }
         for row in rows
     ]
 

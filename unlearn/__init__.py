@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unlearn._version import __version__
 
 if TYPE_CHECKING:
-    from unlearn.audit import audit
-    from unlearn.forget import forget
-    from unlearn.run import Run
+    from unlearn.api import Run, audit, forget
 
 __all__ = ["Run", "__version__", "audit", "forget"]
 

@@ -1,4 +1,4 @@
-"""The run folder: everything one run leaves behind, written so that a killed run can go on and nobody can edit it unseen.
+"""The run folder: what one run leaves behind, written so that a killed run can go on and no edit goes unseen.
 
     run.json          status and environment; the only file, with events.jsonl, that holds times
     events.jsonl      append-only; every line carries the sha256 of the line before it
@@ -303,7 +303,7 @@ class RunFolder:
             self._lock = None
 
     def clear_stage(self, name: str) -> None:
-        """Remove what an interrupted stage of that name may have left: its own folder and the private scratch folder."""
+        """Remove what an interrupted stage may have left: its own folder and the private scratch folder."""
         for folder in (name, "private/work"):
             shutil.rmtree(self.file(folder), ignore_errors=True)
 

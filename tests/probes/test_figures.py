@@ -35,7 +35,7 @@ def test_strength_by_brute_force() -> None:
     for length in range(1, 9):
         for bits in range(2**length):
             match = np.array([bool(bits >> i & 1) for i in range(length)])
-            start = next((s for s in range(length + 1) if match[s:].all()))  # shortest gold prefix that suffices
+            start = next(s for s in range(length + 1) if match[s:].all())  # shortest gold prefix that suffices
             assert extraction_strength(match) == pytest.approx(1 - start / length)
 
 

@@ -51,6 +51,8 @@ def oracle(model: torch.nn.Module, record: TokenRecord) -> dict[str, np.ndarray]
 @pytest.mark.parametrize("batching", [{"batch_tokens": 64}, {"batch_size": 4}, {"batch_tokens": 1}])
 def test_every_row_equals_the_oracle(arch: str, batching: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood, "CHUNK_ELEMENTS", 96 * 7)  # seven positions a chunk, so chunks cut records
+    monkeypatch.setattr(likelihood, "TILE_ELEMENTS", 96 * 3)  # and tiles cut chunks
+    monkeypatch.setattr(likelihood, "BLOCK", 10)  # 96 = 9 blocks and a rest of 6
     # Mixtral's experts run in single precision only; Gemma-2 and its like compute parts of attention in it.
     model = tiny.causal_lm(arch) if arch == "mixtral" else tiny.causal_lm(arch).double()
     tolerance = {"mixtral": 1e-5, "gemma2": 1e-6}.get(arch, 1e-9)
@@ -70,6 +72,26 @@ def test_float32_is_within_1e_5_of_the_float64_oracle() -> None:
     for i, record in enumerate(records):
         for name, expected in oracle(double, record).items():
             np.testing.assert_allclose(getattr(table, name)[table.rows(i)], expected, atol=1e-5, err_msg=name)
+
+
+def test_float32_sums_over_a_large_vocabulary_stay_accurate() -> None:
+    # A plain softmax sums in an order that loses another digit here.
+    logits = 5 * torch.randn(20, 50_000, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(20)
+    single = likelihood._reduce(logits.clone(), target, SamplingScheme()).double()
+    torch.testing.assert_close(single, likelihood._reduce(logits.double(), target, SamplingScheme()), rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 9, 20, 37])
+def test_the_two_largest_are_found_wherever_they_are(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "BLOCK", 5)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 30, (4000, vocab), generator=generator).double()  # many ties
+    logits[logits < 10] = -math.inf
+    top = likelihood._top_two(logits)
+    expected = logits.sort(-1, descending=True).values[:, :2]
+    torch.testing.assert_close(top[:, : expected.shape[1]], expected, rtol=0, atol=0)
+    assert top.shape == (4000, 2)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,12 @@ def test_the_reference_is_clean(world: World, tmp_path: Path) -> None:
 def test_same_inputs_same_bytes(audited: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNLEARN_CACHE", "")  # measured anew, not read back
     again = audit(
-        world.planted, world.records, control=world.control, reference=world.base, suite="quick", out=tmp_path / "elsewhere"
+        world.planted,
+        world.records,
+        control=world.control,
+        reference=world.base,
+        suite="quick",
+        out=tmp_path / "elsewhere",
     )
     for name in ("before/metrics.json", "before/records.parquet", "reference/metrics.json", "compare/criteria.json"):
         assert (again.path / name).read_bytes() == (audited.path / name).read_bytes(), name
@@ -167,7 +172,9 @@ def test_a_plain_classifier_with_its_images(tmp_path: Path) -> None:
     with torch.no_grad():
         log_p = model(torch.stack([image.pixels for image in images])).log_softmax(-1)
     frame = run.table()
-    np.testing.assert_allclose(frame["loss"], [-float(log_p[i, image.label]) for i, image in enumerate(images)], rtol=1e-5)
+    np.testing.assert_allclose(
+        frame["loss"], [-float(log_p[i, image.label]) for i, image in enumerate(images)], rtol=1e-5
+    )
     np.testing.assert_allclose(frame["entropy"], -(log_p.exp() * log_p).sum(-1).numpy(), rtol=1e-5)
     assert list(frame["correct"]) == [int(log_p[i].argmax()) == image.label for i, image in enumerate(images)]
 
@@ -202,7 +209,11 @@ def test_a_criterion_for_another_kind_of_model_is_refused_before_loading(world: 
 
 def test_half_precision_is_recorded(world: World, tmp_path: Path) -> None:
     run = audit(
-        world.planted, world.records, suite="quick", out=tmp_path / "run", options=Options(dtype="bfloat16", device="cpu")
+        world.planted,
+        world.records,
+        suite="quick",
+        out=tmp_path / "run",
+        options=Options(dtype="bfloat16", device="cpu"),
     )
     assert run.metrics()["engine"]["dtype"] == "bfloat16"
     limits = json.loads((run.path / "compare/criteria.json").read_text())["limits"]

@@ -41,8 +41,8 @@ def test_audit_exits_1_where_memorisation_is_above_policy(run, world: World, tmp
 
 def test_audit_exits_3_where_it_cannot_tell(run, world: World, tmp_path: Path) -> None:
     outcome = run(
-        "--display", "json", "audit", world.base, "--records", world.records, "--control", world.control, "--suite", "quick",
-        "--out", tmp_path / "a",
+        "--display", "json", "audit", world.base, "--records", world.records, "--control", world.control,
+        "--suite", "quick", "--out", tmp_path / "a",
     )  # fmt: skip
     assert outcome.code == 3
     data = json.loads(outcome.out)
@@ -59,7 +59,8 @@ def test_audit_exits_0_where_criteria_are_met(run, world: World, tmp_path: Path)
         "    - {id: A1, metric: extraction.greedy, aggregate: rate, test: point, max: 0.5}\n"
     )
     outcome = run(
-        "audit", world.base, "--records", world.records, "--policy", policy, "--suite", "quick", "--out", tmp_path / "a",
+        "audit", world.base, "--records", world.records, "--policy", policy, "--suite", "quick",
+        "--out", tmp_path / "a",
     )  # fmt: skip
     assert outcome.code == 0
 
@@ -69,7 +70,11 @@ def test_audit_exits_0_where_criteria_are_met(run, world: World, tmp_path: Path)
     [
         (["audit", "{w}/nowhere", "--records", "{w}/records.jsonl"], 2, "expected a checkpoint folder"),
         (["audit", "{w}/planted", "--records", "{w}/nothing.jsonl"], 2, "expected an existing file"),
-        (["audit", "{w}/planted", "--records", "{w}/records.jsonl", "--out", "{w}/planted/run"], 4, "outside the input"),
+        (
+            ["audit", "{w}/planted", "--records", "{w}/records.jsonl", "--out", "{w}/planted/run"],
+            4,
+            "outside the input",
+        ),
         (["audit", "{w}/planted", "--records", "{w}/records.jsonl", "--suite", "nosuch"], 2, "expected one of"),
         (["audit", "{w}/planted", "--records", "{w}/records.jsonl", "--dtype", "int4"], 2, "expected --dtype"),
         (["audit", "{w}/planted", "--records", "{w}/records.jsonl", "--batch-size", "-3"], 2, "expected --batch-size"),

@@ -1,0 +1,56 @@
+"""Run benchmarks and print their tables: `python -m benchmarks [NAME ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+NAMES = ("likelihood", "extraction", "memory", "importance", "identity")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"among {', '.join(NAMES)}; all by default")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a causal LM (default: SmolLM2, from its package)")
+    parser.add_argument("--tiny", action="store_true", help="a random tiny model: shows that everything runs, no more")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each pair (default 5)")
+    parser.add_argument("--threads", type=int, help="processor threads (default: PyTorch's own choice)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement there")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(NAMES):
+        parser.error(f"expected names among {', '.join(NAMES)}, found {', '.join(sorted(unknown))}")
+
+    import torch
+    from transformers.utils import logging
+
+    from benchmarks import subject as subjects
+    from benchmarks.harness import environment, table
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    results = {}
+    with tempfile.TemporaryDirectory() as work:
+        make = subjects.make_tiny if options.tiny else subjects.make_smollm2
+        folder = options.model or make(Path(work) / "model")
+        subject = subjects.load(folder, repeats=options.repeats, device=options.device, tiny=options.tiny)
+        found = environment(options.device) | {"model": subject.name, "repeats": options.repeats}
+        print("\n".join(f"{key}: {value}" for key, value in found.items()))
+        for name in options.names or NAMES:
+            module = import_module(f"benchmarks.{name}")
+            rows = module.run(subject)
+            results[name] = [row.as_dict() for row in rows]
+            print(f"\n{name}: {(module.__doc__ or '').splitlines()[0]}\n{table(rows)}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"environment": found, "results": results}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

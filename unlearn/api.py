@@ -1,0 +1,415 @@
+"""Three lines of Python for everything the command line does.
+
+    from unlearn import audit, forget
+    run = audit("checkpoint", records="records.jsonl")
+    run = forget("request.yaml")
+
+A run is a folder; `Run` is a view of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from probes.errors import IntegrityError, UsageError
+from unlearn.criteria import EXIT_CODES
+from unlearn.job import Job, Options, Source
+from unlearn.pipeline import Live, Pipeline, plan_only
+from unlearn.presets import Criterion, Policy, load_method, load_policy, load_suite
+from unlearn.rawrecords import RawRecord
+from unlearn.recordfiles import as_row, records_from
+from unlearn.request import Request, load_request, record_sets, redacted
+from unlearn.runfolder import RunFolder, digest, disk_errors, json_bytes, read_header, write_atomic
+from unlearn.terminal import Display
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+
+class Run:
+    """A finished (or planned) run.
+
+    Attributes:
+        path: the run folder.
+        model: the edited module, where a live module was given to `forget`.
+    """
+
+    def __init__(self, path: Path, model: nn.Module | None = None) -> None:
+        self.path = Path(path)
+        self.model = model
+        read_header(self.path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, verdict={self.verdict!r})"
+
+    def _read(self, name: str) -> Any:
+        try:
+            return json.loads((self.path / name).read_text())
+        except OSError:
+            return None
+
+    @property
+    def verdict(self) -> str | None:
+        """`criteria met`, `criteria not met` or `inconclusive`; None for an unfinished run."""
+        found = self._read("compare/criteria.json")
+        return found["verdict"] if found else None
+
+    @property
+    def claim_level(self) -> str | None:
+        """`E0` to `E2`, or None for an audit."""
+        found = self._read("compare/criteria.json")
+        return found["claim_level"] if found else None
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line returns for this run."""
+        return EXIT_CODES.get(self.verdict or "", 5)
+
+    @property
+    def criteria(self) -> list[dict[str, Any]]:
+        """Evaluated criteria."""
+        found = self._read("compare/criteria.json")
+        return found["criteria"] if found else []
+
+    def metrics(self, stage: str = "before") -> dict[str, Any]:
+        """`metrics.json` of `before`, `after` or `reference`.
+
+        Raises:
+            UsageError: if the stage was not measured.
+        """
+        found = self._read(f"{stage}/metrics.json")
+        if found is None:
+            raise UsageError(f"expected a measurement {stage}, found none in this run")
+        return cast("dict[str, Any]", found)
+
+    def table(self, stage: str = "before", role: str = "records") -> pd.DataFrame:
+        """One row per record in input order, with your own ids where the private folder is at hand."""
+        import pandas as pd
+
+        path = self.path / stage / f"{role}.parquet"
+        if not path.is_file():
+            raise UsageError(f"expected a table of {role} {stage}, found none in this run")
+        frame = pd.read_parquet(path)
+        names = self.path / "private" / "subjects.jsonl"
+        if role == "records" and names.is_file():
+            frame["record_id"] = [json.loads(line)["id"] for line in names.read_text().splitlines()]
+        return frame
+
+    @property
+    def records(self) -> pd.DataFrame:
+        """The records' table: after the edit in a forget run, as audited otherwise."""
+        return self.table("after" if (self.path / "after" / "records.parquet").is_file() else "before")
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The edited checkpoint's folder, in a forget run."""
+        folder = self.path / "edit" / "checkpoint"
+        return folder if folder.is_dir() else None
+
+    def report(self, format: str = "html", audience: str = "engineer") -> Path:
+        """Render one document and return its path."""
+        from unlearn import reporting
+
+        return reporting.write(self.path, (format,), audience)[-1]
+
+
+def audit(
+    checkpoint: str | Path | nn.Module,
+    records: Any,
+    *,
+    control: Any = None,
+    retain: Any = None,
+    reference: str | Path | nn.Module | None = None,
+    suite: str | Path = "standard",
+    policy: str | Path = "default",
+    criteria: Sequence[Criterion | dict[str, Any]] | None = None,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    options: Options | None = None,
+    display: Display | None = None,
+) -> Run:
+    """Does the checkpoint hold these records?
+
+    Args:
+        checkpoint: a folder, a `.gguf` file, a hub id (with `Options(online=True)`), or a live module.
+        records: a file, a list of mappings, or tokenised records (`probes.records`).
+        control: never-seen records like `records`; drafted when absent.
+        retain: data whose behaviour matters, measured for information.
+        reference: a checkpoint that never held the records.
+        suite: `quick`, `standard`, `deep`, or a YAML file.
+        policy: where the criteria come from when none are given.
+        criteria: your own criteria.
+        out: the run folder; a new one under `runs/` by default.
+        tokenizer: for a live language model.
+        options: device, dtype, seed, ...
+        display: where progress goes; nowhere by default.
+
+    Returns:
+        The run.
+
+    Raises:
+        UsageError: for anything wrong with the inputs, all mistakes at once.
+        IntegrityError: if the run folder would lie inside the checkpoint.
+        UnsupportedError: for a model the toolkit cannot audit.
+        ResourceError: if memory or disk runs out.
+    """
+    live, sources, raw = _inputs(
+        checkpoint, reference, tokenizer, {"records": records, "control": control, "retain": retain}
+    )
+    chosen = load_policy(policy)
+    own = [c if isinstance(c, Criterion) else Criterion(**c) for c in criteria] if criteria else None
+    job = Job(
+        kind="audit",
+        checkpoint=_where(checkpoint),
+        sources=sources,
+        criteria=_criteria(chosen, "audit", own),
+        suite=load_suite(suite).model_dump(mode="json"),
+        options=options or Options(),
+        reference=None if reference is None else _where(reference),
+        policy="own" if own else chosen.name,
+    )
+    return _start(job, out, live, raw, display)
+
+
+def forget(
+    request: str | Path | None = None,
+    *,
+    model: nn.Module | None = None,
+    records: Any = None,
+    control: Any = None,
+    retain: Any = None,
+    reference: nn.Module | str | Path | None = None,
+    method: str = "ssd",
+    overrides: dict[str, Any] | None = None,
+    criteria: Sequence[Criterion | dict[str, Any]] | None = None,
+    suite: str | Path | None = None,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    options: Options | None = None,
+    display: Display | None = None,
+) -> Run:
+    """Edit a copy so that the records are no longer in it, attack it again, compare, decide.
+
+    Either `request` names a YAML file, or `model` is a live module and the rest says what to do with it.
+
+    Args:
+        request: a request file (`unlearn init` writes a commented one).
+        model: a live module instead.
+        records: with `model`: records to forget.
+        control: with `model`: never-seen records.
+        retain: with `model`: data whose behaviour must stay.
+        reference: with `model`: a module or checkpoint that never held the records.
+        method: with `model`: the editor.
+        overrides: with `model`: parameters that differ from the method's preset.
+        criteria: with `model`: criteria; the default policy's otherwise.
+        suite: overrides the request's suite.
+        tokenizer: for a live language model.
+        out: the run folder.
+        resume: an interrupted run folder to go on with.
+        options: device, dtype, seed, ...
+        display: where progress goes.
+
+    Returns:
+        The run; `run.checkpoint` is the edited folder, `run.model` the edited module if one was given.
+
+    Raises:
+        UsageError: for anything wrong with the inputs, all mistakes at once.
+        IntegrityError: if a digest differs, or the output would lie inside an input.
+        UnsupportedError: for a model or method the toolkit cannot combine.
+        ResourceError: if memory or disk runs out.
+    """
+    if resume is not None:
+        return _resume(Path(resume), request, display)
+    if model is not None:
+        live, sources, raw = _inputs(
+            model, reference, tokenizer, {"records": records, "control": control, "retain": retain}
+        )
+        own = [c if isinstance(c, Criterion) else Criterion(**c) for c in criteria] if criteria else None
+        chosen = load_policy("default")
+        job = Job(
+            kind="forget",
+            checkpoint="live",
+            sources=sources,
+            criteria=_criteria(chosen, "forget", own),
+            suite=load_suite(suite or "standard").model_dump(mode="json"),
+            options=options or Options(),
+            reference=None if reference is None else _where(reference),
+            method={"name": method, "parameters": load_method(method).parameters | (overrides or {})},
+            policy="own" if own else chosen.name,
+        )
+        return _start(job, out, live, raw, display)
+    if request is None:
+        raise UsageError("expected a request file, a live model or a run to resume, found none of them")
+    return _start(request_job(load_request(request), options or Options(), suite), out, Live(), {}, display)
+
+
+def request_job(request: Request, options: Options, suite: str | Path | None = None) -> Job:
+    """The job that a request file describes."""
+    sources, sha256 = {}, {}
+    for role, part, location in record_sets(request):
+        sources[role] = Source(
+            location,
+            dict(part.fields),
+            part.prompt_template,
+            part.completion_template,
+            part.ignore_unknown,
+            getattr(part, "text_prompt_tokens", 1),
+        )
+        if part.sha256 is not None:
+            sha256[role] = part.sha256
+    expected = {
+        which: part.tensor_digest
+        for which, part in (("checkpoint", request.checkpoint), ("reference", request.reference))
+        if part is not None and part.tensor_digest is not None
+    }
+    chosen = load_policy(request.policy or "default")
+    own = list(request.criteria) or None
+    return Job(
+        kind="forget",
+        checkpoint=request.checkpoint.path,
+        sources=sources,
+        criteria=_criteria(chosen, "forget", own),
+        suite=load_suite(suite or request.suite).model_dump(mode="json"),
+        options=options,
+        reference=request.reference.path if request.reference else None,
+        reference_kind=request.reference.kind if request.reference else None,
+        method={"name": request.method.name, "parameters": request.method.parameters()},
+        request=redacted(request),
+        policy="request" if own else chosen.name,
+        expected=expected,
+        sha256=sha256,
+    )
+
+
+def plan(request: str | Path, out: str | Path | None, options: Options, display: Display) -> dict[str, Any]:
+    """`unlearn forget --plan-only`: what the run would do; nothing is edited."""
+    job = request_job(load_request(request), options)
+    run = _create(job, out, Live(), {})
+    try:
+        planned = plan_only(Pipeline(run, job, display))
+    except BaseException:
+        run.finish("failed", None)
+        raise
+    run.finish("done", 0)
+    return planned
+
+
+def _where(checkpoint: Any) -> str:
+    return str(checkpoint) if isinstance(checkpoint, (str, Path)) else "live"
+
+
+def _criteria(policy: Policy, kind: Any, own: list[Criterion] | None) -> dict[str, tuple[Criterion, ...]]:
+    """Criteria by task: which task the checkpoint has is known only once it is opened."""
+    tasks: tuple[Any, ...] = ("causal_lm", "image_classification")
+    return {task: tuple(own) if own else policy.criteria(kind, task) for task in tasks}
+
+
+def _inputs(
+    checkpoint: Any, reference: Any, tokenizer: Any, given: dict[str, Any]
+) -> tuple[Live, dict[str, Source], dict[str, list[RawRecord]]]:
+    """Sort what a Python caller passed into paths, records in memory, and tokenised records."""
+    from probes.records import ImageRecord, TokenRecord
+
+    live = Live(
+        model=None if isinstance(checkpoint, (str, Path)) else checkpoint,
+        reference=None if reference is None or isinstance(reference, (str, Path)) else reference,
+        tokenizer=tokenizer,
+    )
+    sources: dict[str, Source] = {}
+    raw: dict[str, list[RawRecord]] = {}
+    for role, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, (str, Path)):
+            sources[role] = Source(str(value))
+            continue
+        items = list(value)
+        if items and all(isinstance(item, (TokenRecord, ImageRecord)) for item in items):
+            live.records[role] = items
+        elif items and all(isinstance(item, RawRecord) for item in items):
+            raw[role] = items
+        else:
+            raw[role] = records_from(items, role=role)
+    if "records" not in {*sources, *raw, *live.records}:
+        raise UsageError("expected records to look for, found none; pass records=")
+    return live, sources, raw
+
+
+def default_out(kind: str) -> Path:
+    """A new folder under `runs/`, named by time."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    base = Path("runs") / f"{stamp}-{kind}"
+    return next(path for i in range(1000) if not (path := base.with_name(base.name + (f"-{i}" if i else ""))).exists())
+
+
+def _create(job: Job, out: str | Path | None, live: Live, raw: dict[str, list[RawRecord]]) -> RunFolder:
+    import sys
+
+    from unlearn.job import environment
+    from unlearn.loading import known_device
+
+    device = job.options.resolved_device()
+    known_device(device)  # before anything is written
+    header = {
+        "kind": job.kind,
+        "seed": job.options.seed,
+        "device": device,
+        "dtype": job.options.dtype,
+        "versions": {"unlearn-audit": environment(device)["unlearn-audit"]} | environment(device)["libraries"],
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:2]],  # the command, not its arguments: paths can name people
+    }
+    path = Path(out) if out is not None else default_out(job.kind)
+    inputs = [Path(ref) for ref in (job.checkpoint, job.reference) if ref and ref != "live" and Path(ref).exists()]
+    run = RunFolder.create(path, header, inputs)
+    with disk_errors():
+        for role, records in raw.items():
+            rows = b"".join(json.dumps(as_row(record), ensure_ascii=False).encode() + b"\n" for record in records)
+            source = path / "private" / f"given-{role}.jsonl"
+            write_atomic(source, rows)
+            job.sources[role] = Source(str(source.resolve()))
+        write_atomic(path / "private" / "job.json", json_bytes(job.dump()))
+    return run
+
+
+def _start(
+    job: Job, out: str | Path | None, live: Live, raw: dict[str, list[RawRecord]], display: Display | None
+) -> Run:
+    run = _create(job, out, live, raw)
+    return _execute(run, job, live, display)
+
+
+def _resume(path: Path, request: str | Path | None, display: Display | None) -> Run:
+    header = read_header(path)
+    if header["status"] == "done":
+        raise UsageError("expected an interrupted run to resume, found a finished one; start a new run")
+    job = Job.load(path / "private" / "job.json")
+    if job.checkpoint == "live":
+        raise UsageError("expected a run on a checkpoint folder, found one on a module in memory; start a new run")
+    if request is not None:
+        now = request_job(load_request(request), job.options)
+        if digest(now.dump()) != digest(job.dump()):
+            raise IntegrityError("expected the request that the run was started with, found another; start a new run")
+    return _execute(RunFolder.resume(path), job, Live(), display)
+
+
+def _execute(run: RunFolder, job: Job, live: Live, display: Display | None) -> Run:
+    pipeline = Pipeline(run, job, display or Display(), live)
+    status, code = "failed", None
+    try:
+        verdict = pipeline.execute()
+        status, code = "done", EXIT_CODES[verdict]
+    except KeyboardInterrupt:
+        status, code = "interrupted", 130
+        raise
+    finally:
+        run.finish(status, code)
+    edited = None
+    if live.model is not None and job.kind == "forget":
+        edited = cast("Any", pipeline.checkpoint("edited")).model
+    return Run(run.path, edited)

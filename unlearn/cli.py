@@ -1,0 +1,390 @@
+"""The command line. Heavy libraries are imported inside commands, so that `unlearn --help` answers at once.
+
+Exit codes, whatever the display: 0 criteria met; 1 criteria not met or memorisation above policy; 2 usage or invalid
+file; 3 inconclusive; 4 integrity refused; 5 runtime or environment; 130 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from probes.errors import UnlearnError, UsageError
+from unlearn._version import __version__
+from unlearn.terminal import Display, make_display
+
+if TYPE_CHECKING:
+    from unlearn.job import Options
+
+app = typer.Typer(
+    name="unlearn",
+    help="Audit a checkpoint for memorised records, forget them in a copy, attack the copy again, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+draft_app = typer.Typer(help="Propose a missing set as a file to review.", no_args_is_help=True)
+app.add_typer(draft_app, name="draft")
+
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... [auto]", show_default=False)]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64 [float32]", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="for every random choice [0]", show_default=False)]
+BatchSize = Annotated[str | None, typer.Option(help="auto, or records per batch [auto]", show_default=False)]
+DisplayName = Annotated[str | None, typer.Option(help="auto, rich, plain, json, none [auto]", show_default=False)]
+Online = Annotated[bool | None, typer.Option("--online/--offline", help="allow hub ids [offline]", show_default=False)]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="read pickled weights (tensors only)")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
+ExitZero = Annotated[bool, typer.Option("--exit-zero", help="return 0 instead of 1 and 3")]
+Out = Annotated[Path | None, typer.Option(help="run folder to create [runs/TIME-KIND]", show_default=False)]
+
+_GLOBAL: dict[str, Any] = {}
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"unlearn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    display: DisplayName = None,
+    online: Online = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    _GLOBAL.clear()
+    _GLOBAL.update(device=device, dtype=dtype, seed=seed, batch_size=batch_size, display=display, online=online)
+
+
+def _chosen(name: str, value: Any, default: Any) -> Any:
+    """An option given after the command, else before it, else the default."""
+    found = value if value is not None else _GLOBAL.get(name)
+    return default if found is None else found
+
+
+def _options(
+    device: str | None,
+    dtype: str | None,
+    seed: int | None,
+    batch_size: str | None,
+    online: bool | None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Options:
+    from unlearn.job import Options
+
+    size = _chosen("batch_size", batch_size, "auto")
+    if size != "auto" and not (str(size).isdigit() and int(size) > 0):
+        raise UsageError("expected --batch-size to be auto or a positive number, found something else")
+    chosen = str(_chosen("dtype", dtype, "float32"))
+    if chosen not in ("float32", "bfloat16", "float16", "float64"):
+        raise UsageError("expected --dtype to be float32, bfloat16, float16 or float64, found another word")
+    return Options(
+        device=str(_chosen("device", device, "auto")),
+        dtype=chosen,
+        seed=int(_chosen("seed", seed, 0)),
+        batch_size=None if size == "auto" else int(size),
+        online=bool(_chosen("online", online, False)),
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _display(name: str | None) -> Display:
+    return make_display(str(_chosen("display", name, "auto")))
+
+
+def _finish(run: Any, shown: Display, exit_zero: bool) -> None:
+    from unlearn.summary import summary, summary_data
+
+    shown.result(summary(run), summary_data(run))
+    code = run.exit_code
+    raise typer.Exit(0 if exit_zero and code in (1, 3) else code)
+
+
+@app.command()
+def audit(
+    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, .gguf file, or hub id with --online")],
+    records: Annotated[Path, typer.Option(help="records to look for: JSONL, CSV, Parquet or a datasets folder")],
+    control: Annotated[Path | None, typer.Option(help="never-seen records of the same kind [drafted]")] = None,
+    retain: Annotated[Path | None, typer.Option(help="data to measure beside the records")] = None,
+    reference: Annotated[str | None, typer.Option(help="a checkpoint that never held the records")] = None,
+    suite: Annotated[str, typer.Option(help="quick, standard, deep, or a YAML file")] = "standard",
+    policy: Annotated[str, typer.Option(help="criteria: a policy name or YAML file")] = "default",
+    out: Out = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    display: DisplayName = None,
+    online: Online = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+    exit_zero: ExitZero = False,
+) -> None:
+    """Does the checkpoint hold these records?"""
+    options = _options(device, dtype, seed, batch_size, online, allow_pickle, trust_remote_code)
+    shown = _display(display)
+    from unlearn import api
+
+    run = api.audit(
+        checkpoint,
+        records,
+        control=control,
+        retain=retain,
+        reference=reference,
+        suite=suite,
+        policy=policy,
+        out=out,
+        options=options,
+        display=shown,
+    )
+    _finish(run, shown, exit_zero)
+
+
+@app.command()
+def forget(
+    request: Annotated[Path | None, typer.Argument(help="request file; `unlearn init` writes a commented one")] = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="say what would be done, edit nothing")] = False,
+    out: Out = None,
+    resume: Annotated[Path | None, typer.Option(help="go on with an interrupted run folder")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    display: DisplayName = None,
+    online: Online = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+    exit_zero: ExitZero = False,
+) -> None:
+    """Edit a copy of a checkpoint so that records are no longer in it, attack the copy, decide."""
+    options = _options(device, dtype, seed, batch_size, online, allow_pickle, trust_remote_code)
+    shown = _display(display)
+    if request is None and resume is None:
+        raise UsageError("expected a request file or --resume RUN, found neither; `unlearn init` writes a request")
+    if resume is not None and (plan_only or out is not None):
+        raise UsageError("expected --resume alone, found --plan-only or --out with it")
+    from unlearn import api
+
+    if plan_only:
+        from unlearn.summary import plan_text
+
+        planned = api.plan(str(request), out, options, shown)
+        shown.result(plan_text(planned), planned)
+        return
+    _finish(api.forget(request, out=out, resume=resume, options=options, display=shown), shown, exit_zero)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    audience: Annotated[str, typer.Option(help="engineer, regulator or subject")] = "engineer",
+    format: Annotated[str, typer.Option(help="comma-separated: html, md, json")] = "html,md,json",
+    check: Annotated[bool, typer.Option("--check", help="compare the documents with what the run renders to")] = False,
+) -> None:
+    """Write the evidence of a run as documents."""
+    from unlearn import reporting
+    from unlearn.runfolder import read_header
+
+    read_header(run)
+    if check:
+        problems = reporting.check(run)
+        for problem in problems:
+            typer.echo(problem)
+        if problems:
+            raise typer.Exit(4)
+        typer.echo("every document is what the run renders to")
+        return
+    for path in reporting.write(run, [name.strip() for name in format.split(",")], audience):
+        typer.echo(str(path))
+
+
+@app.command()
+def verify(run: Annotated[Path, typer.Argument(help="run folder, with or without private/")]) -> None:
+    """Check a run folder offline: chain, files, criteria, edited checkpoint, documents."""
+    from unlearn.verify import passed
+    from unlearn.verify import verify as verify_run
+
+    checks = verify_run(run)
+    for row in checks:
+        typer.echo(f"{row.status:<8} {row.name:<18} {row.detail}")
+    if not passed(checks):
+        raise typer.Exit(4)
+
+
+@app.command()
+def validate(
+    file: Annotated[Path, typer.Argument(help="request, policy, suite, method preset or record file")],
+) -> None:
+    """Report every mistake of a file at once, without loading a model library."""
+    from unlearn.request import validate_file
+
+    mistakes = validate_file(file)
+    for line in mistakes:
+        typer.echo(line)
+    if mistakes:
+        raise typer.Exit(2)
+    typer.echo(f"{file.name}: valid")
+
+
+@app.command("diff")
+def diff_(
+    run_a: Annotated[Path, typer.Argument(help="run folder")],
+    run_b: Annotated[Path, typer.Argument(help="run folder")],
+    display: DisplayName = None,
+) -> None:
+    """Show what differs between two runs."""
+    from unlearn.diff import diff
+    from unlearn.summary import diff_text
+
+    found = diff(run_a, run_b)
+    shown = _display(display)
+    if shown.name == "none":
+        shown = make_display("plain")
+    shown.result(diff_text(found), found)
+
+
+@app.command("ls")
+def ls(what: Annotated[str, typer.Argument(help="probes, attacks, editors or suites")]) -> None:
+    """List what this installation has."""
+    from unlearn.listing import KINDS, listing
+
+    if what not in KINDS:
+        raise UsageError(f"expected one of {', '.join(KINDS)}, found another word")
+    rows = listing(what)
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        typer.echo(f"{name:<{width}}  {text}")
+
+
+@app.command()
+def init(out: Annotated[Path, typer.Argument(help="file to write")] = Path("request.yaml")) -> None:
+    """Write a commented request to fill in."""
+    from unlearn.request import template
+
+    if out.exists():
+        raise UsageError(f"expected a new file, found that {out} exists; choose another name")
+    from unlearn.runfolder import write_atomic
+
+    write_atomic(out, template().encode())
+    typer.echo(f"{out}: fill it in, then run `unlearn validate {out}`")
+
+
+@draft_app.command("control")
+def draft_control(
+    records: Annotated[Path, typer.Argument(help="the records to match")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write")],
+    seed: Seed = None,
+) -> None:
+    """Swap names, numbers and dates of each record for random ones: never seen by construction."""
+    from unlearn.draft import draft_control as make
+    from unlearn.records import read_records
+
+    _write_draft(make(read_records(records), int(_chosen("seed", seed, 0))), out)
+
+
+@draft_app.command("retain")
+def draft_retain(
+    records: Annotated[Path, typer.Argument(help="the records to forget")],
+    checkpoint: Annotated[str, typer.Argument(help="the checkpoint to be edited")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write")],
+    n: Annotated[int, typer.Option("-n", help="how many")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    online: Online = None,
+) -> None:
+    """Sample the checkpoint's own text, free and from prompts near the records."""
+    options = _options(device, dtype, seed, None, online)
+    from unlearn.checkpoint import open_checkpoint
+    from unlearn.draft import draft_retain as make
+    from unlearn.records import read_records
+
+    opened = open_checkpoint(checkpoint, online=options.online)
+    raw = read_records(records)
+    model = opened.load_model(options.dtype, options.resolved_device())
+    _write_draft(make(model, opened.load_tokenizer(), raw, n=n, seed=options.seed), out)
+
+
+def _write_draft(drafted: Any, out: Path) -> None:
+    from unlearn.records import write_records
+
+    if not drafted.records:
+        raise UsageError(f"expected something to draft from, found nothing; {' '.join(drafted.limits)}")
+    write_records(drafted.records, out)
+    typer.echo(f"{out}: {len(drafted.records)} records to review")
+    for limit in drafted.limits:
+        typer.echo(f"  - {limit}")
+
+
+@app.command()
+def demo(
+    tiny: Annotated[bool, typer.Option("--tiny", help="a small model trained on the spot, under a minute")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder to create [runs/TIME-demo]", show_default=False)] = None,
+    display: DisplayName = None,
+) -> None:
+    """Plant fictitious records, audit, forget some of them, audit again, report."""
+    shown = _display(display)
+    from unlearn.demo import demo as run_demo
+
+    run_demo(tiny=tiny, out=out, display=shown)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: every error is one line on stderr, with the documented exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _guard(lambda: app(args=arguments, prog_name="unlearn"))
+
+
+def _guard(call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except UnlearnError as error:
+        code, line = error.exit_code, str(error)
+    except KeyboardInterrupt:
+        code, line = 130, "interrupted; `unlearn forget --resume RUN` goes on"
+    except MemoryError:
+        code, line = 5, "expected more memory, found too little; use a smaller --batch-size or dtype"
+    except OSError as error:
+        code, line = (
+            5,
+            f"expected a working file system, found {type(error).__name__} ({os.strerror(error.errno or 0)})",
+        )
+    except Exception as error:  # its text may quote a record, so it is not shown
+        if os.environ.get("UNLEARN_TRACEBACK"):
+            raise
+        frame = _last_frame(error)
+        code = 5
+        line = f"internal error: {type(error).__name__} at {frame}; UNLEARN_TRACEBACK=1 shows it (and may show records)"
+    else:
+        return
+    print(f"error: {line}" if "\n" not in line else line, file=sys.stderr)
+    sys.exit(code)
+
+
+def _last_frame(error: BaseException) -> str:
+    trace = error.__traceback__
+    where = "?"
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        where = f"{Path(code.co_filename).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return where

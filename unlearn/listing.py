@@ -1,0 +1,48 @@
+"""What an installation has: probes, attacks, editors, suites, with one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from unlearn.resources import config_names
+
+KINDS = ("probes", "attacks", "editors", "suites")
+
+
+def _probes() -> list[tuple[str, str]]:
+    return [
+        ("likelihood", "one teacher-forced pass: log-probability, rank, margin, mean and variance of log p per token"),
+        ("figures", "loss, extraction strength, Min-K%, Min-K%++, zlib, p_z from that pass"),
+        ("classify", "label probability, margin, loss, entropy of an image classifier"),
+        ("fisher", "diagonal Fisher information: batch, example, token, label-free"),
+    ]
+
+
+def _attacks() -> list[tuple[str, str]]:
+    from unlearn.presets import load_suite
+
+    attacks = load_suite("standard").attacks
+    return [(a.name, f"{a.access}  {a.goal}" + ("" if a.available else f"  [{a.reason}]")) for a in attacks]
+
+
+def _editors() -> list[tuple[str, str]]:
+    from unlearn.presets import load_method
+
+    return [(name, load_method(name).description) for name in config_names("methods")]
+
+
+def _suites() -> list[tuple[str, str]]:
+    from unlearn.presets import load_suite
+
+    return [(name, load_suite(name).description) for name in config_names("suites")]
+
+
+def listing(what: str) -> list[tuple[str, str]]:
+    """(name, one line) of everything of one of `KINDS`."""
+    makers: dict[str, Callable[[], list[tuple[str, str]]]] = {
+        "probes": _probes,
+        "attacks": _attacks,
+        "editors": _editors,
+        "suites": _suites,
+    }
+    return makers[what]()

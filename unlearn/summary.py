@@ -1,0 +1,149 @@
+"""The outcome of a run as text that fits 80 columns, and as data for scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unlearn.api import Run
+
+SHOWN = {
+    "causal_lm": ("extraction.greedy", "probability", "extraction_strength", "loss"),
+    "image_classification": ("correct", "label_probability", "loss"),
+}
+NAMES = {
+    "extraction.greedy": "emitted verbatim",
+    "probability": "probability per token",
+    "extraction_strength": "extraction strength",
+    "loss": "loss (nats)",
+    "correct": "predicted as labelled",
+    "label_probability": "probability of label",
+}
+
+
+def _cell(figure: dict[str, Any] | None) -> str:
+    if figure is None or figure.get("value") is None:
+        return "-"
+    value, low, high = figure["value"], figure["ci_low"], figure["ci_high"]
+    if figure["unit"] == "share" and figure["n"] and low is not None:
+        return f"{value:.2f} [{low:.2f},{high:.2f}]"
+    if low is None or high is None:
+        return f"{value:.3f}"
+    return f"{value:.2f} [{low:.2f},{high:.2f}]"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+
+
+def _wrapped(text: str, indent: str = "    ") -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, 78, initial_indent="  - ", subsequent_indent=indent)
+
+
+def summary(run: Run) -> str:
+    """The terminal summary of an audit or forget run."""
+    metrics = run.metrics("before")
+    task = metrics["task"]
+    paired = run._read("compare/paired.json")
+    decided = run._read("compare/criteria.json")
+    edited = run.checkpoint is not None
+    arms = paired["arms"]
+    columns = ["O", "U", "N", "R"] if edited else ["O", "N", "R"]
+    titles = {"O": "before" if edited else "records", "U": "after", "N": "never seen", "R": "reference"}
+    columns = [arm for arm in columns if any(arms[name][arm] for name in SHOWN[task])]
+    n = metrics["sets"]["records"]["n"]
+    lines = [
+        "",
+        *_table(
+            (f"{n} records", *(titles[a] for a in columns)),
+            [(NAMES[name], *(_cell(arms[name][arm]) for arm in columns)) for name in SHOWN[task]],
+        ),
+    ]
+    if paired["utility"]:
+        rows = [
+            (name.removeprefix("retain."), _cell(row["before"]), _cell(row["after"]), _cell(row["difference"]))
+            for name, row in paired["utility"].items()
+            if name.removeprefix("retain.") in SHOWN[task]
+        ]
+        lines += ["", *_table(("retain set", "before", "after", "difference"), rows)]
+    lines += [""]
+    for row in decided["criteria"]:
+        required = "" if row["required"] else " (not required)"
+        lines += [f"{row['status']:<13} {row['id']} {row['metric']}{required}"]
+        lines += _wrapped(row["reason"])
+    lines += ["", f"verdict: {decided['verdict']}" + (f"   claim level: {decided['claim_level']}" if edited else "")]
+    if paired["over_forgetting"]["flag"]:
+        lines += ["over-forgetting: " + paired["over_forgetting"]["statement"]]
+    if edited:
+        lines += [f"edited copy: {run.checkpoint}"]
+    lines += [f"report: {run.path / 'report' / 'report.html'}"]
+    return "\n".join(lines)
+
+
+def summary_data(run: Run) -> dict[str, Any]:
+    """The same for `--display json`."""
+    decided = run._read("compare/criteria.json")
+    return {
+        "run": str(run.path),
+        "verdict": decided["verdict"],
+        "claim_level": decided["claim_level"],
+        "criteria": decided["criteria"],
+        "arms": run._read("compare/paired.json")["arms"],
+        "checkpoint": str(run.checkpoint) if run.checkpoint else None,
+        "report": str(run.path / "report" / "report.html"),
+        "exit_code": run.exit_code,
+    }
+
+
+def plan_text(planned: dict[str, Any]) -> str:
+    """The terminal form of a plan."""
+    passes = ", ".join(f"{count} {kind}" for kind, count in planned["passes"].items())
+    share = planned["parameters"] / max(1, planned["of_parameters"])
+    return "\n".join(
+        [
+            f"method      {planned['method']}",
+            f"records     {', '.join(f'{n} {role}' for role, n in planned['records'].items())}",
+            f"drafted     {', '.join(planned['drafted']) or 'nothing'}",
+            f"may change  {planned['tensors']} tensors, {planned['parameters']:,} parameters ({share:.1%})",
+            f"passes      {passes}",
+            f"disk        {planned['disk_bytes'] / 1e6:,.0f} MB for the edited copy",
+            "nothing was edited",
+        ]
+    )
+
+
+def diff_text(found: dict[str, Any]) -> str:
+    """The terminal form of a diff."""
+    lines = []
+    for name, (left, right) in found["inputs"].items():
+        if isinstance(left, dict) and isinstance(right, dict):
+            keys = sorted(key for key in {*left, *right} if left.get(key) != right.get(key))
+            lines.append(f"{name}: differs in {', '.join(keys)}")
+        else:
+            lines.append(f"{name}: {left} | {right}")
+    if not found["inputs"]:
+        lines.append("inputs are the same")
+    if found["figures"]:
+        rows = [
+            (
+                f"{row['stage']}.{row['set']}",
+                row["metric"],
+                _cell(row["a"]),
+                _cell(row["b"]),
+                "*" if row["apart"] else "",
+            )
+            for row in found["figures"]
+        ]
+        lines += ["", *_table(("figure", "metric", "a", "b", ""), rows), "* the intervals do not overlap"]
+    else:
+        lines.append("figures are the same")
+    a, b = found["verdict"]
+    lines += ["", f"verdict: {a}" if a == b else f"verdict: {a} | {b}"]
+    return "\n".join(lines)
