@@ -310,7 +310,7 @@ def _records(run: Path) -> list[Json]:
 def _badness(row: Json) -> tuple[int, float, str]:
     now = row["after"] or row["before"] or {}
     probability = now.get("probability", now.get("label_probability"))
-    return 0, -(probability if probability is not None else -1.0), row["id"]
+    return -_GREEDY_RANK.get(now.get("greedy", ""), 0), -(probability if probability is not None else -1.0), row["id"]
 
 
 def _flags(row: Json, never_seen: float | None) -> list[str]:
