@@ -86,11 +86,7 @@ def random_ids(subject: Subject, n: int, length: int) -> torch.Tensor:
 
 
 def _shipped(few: bool) -> list[dict[str, str]]:
-    lines = [
-        line
-        for name in ("planted", "control")
-        for line in (config_root() / "demo" / f"{name}.jsonl").read_text().splitlines()
-    ]
+    lines = (config_root() / "demo" / "planted.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines[: 8 if few else None]]
 
 

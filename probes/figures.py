@@ -60,11 +60,11 @@ def queries_needed(log_p: float, target: float) -> float:
         return 1.0
     if log_p == -math.inf:
         return math.inf
-    # log(1 - e^log_p) without cancellation at either end
-    log_miss = math.log(-math.expm1(log_p)) if log_p > -math.log(2) else math.log1p(-math.exp(log_p))
-    if log_miss == 0.0:  # p below the smallest double: n = -log(1 - target) / p
+    if log_p < -700:  # p leaves the normal doubles, where n = -log(1 - target) / p to every digit
         exponent = math.log(-math.log1p(-target)) - log_p
         return math.exp(exponent) if exponent < 709 else math.inf
+    # log(1 - e^log_p) without cancellation at either end
+    log_miss = math.log(-math.expm1(log_p)) if log_p > -math.log(2) else math.log1p(-math.exp(log_p))
     return float(max(1.0, math.ceil(math.log1p(-target) / log_miss)))
 
 

@@ -406,7 +406,7 @@ def noninferiority(
     interval = _margin_interval(x, y, margin, alpha, paired, clusters, y_clusters, bounds, seed)
     best, worst = (interval.high, interval.low) if better == "higher" else (-interval.low, -interval.high)
     status: Status = "met" if worst > -margin else "not met" if best < -margin else "inconclusive"
-    return Decision(status, _reason(interval, status, f"a loss below {margin:g}"), margin, interval)
+    return Decision(status, _reason(interval, status, f"a worsening below {margin:g}"), margin, interval)
 
 
 def equivalence(

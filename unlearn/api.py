@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from probes.errors import IntegrityError, UsageError
+from probes.errors import IntegrityError, UnlearnError, UsageError
 from unlearn.criteria import EXIT_CODES
 from unlearn.job import Job, Options, Source
 from unlearn.pipeline import Live, Pipeline, plan_only
 from unlearn.presets import Criterion, Policy, load_method, load_policy, load_suite
-from unlearn.rawrecords import RawRecord
+from unlearn.rawrecords import RawRecord, RecordFormat
 from unlearn.recordfiles import as_row, records_from
 from unlearn.request import Request, load_request, record_sets, redacted
 from unlearn.runfolder import RunFolder, digest, disk_errors, json_bytes, read_header, write_atomic
@@ -130,6 +131,7 @@ def audit(
     criteria: Sequence[Criterion | dict[str, Any]] | None = None,
     out: str | Path | None = None,
     tokenizer: Any = None,
+    format: RecordFormat | None = None,
     options: Options | None = None,
     display: Display | None = None,
 ) -> Run:
@@ -146,6 +148,7 @@ def audit(
         criteria: your own criteria.
         out: the run folder; a new one under `runs/` by default.
         tokenizer: for a live language model.
+        format: column names and templates of the record files.
         options: device, dtype, seed, ...
         display: where progress goes; nowhere by default.
 
@@ -159,7 +162,7 @@ def audit(
         ResourceError: if memory or disk runs out.
     """
     live, sources, raw = _inputs(
-        checkpoint, reference, tokenizer, {"records": records, "control": control, "retain": retain}
+        checkpoint, reference, tokenizer, {"records": records, "control": control, "retain": retain}, format
     )
     chosen = load_policy(policy)
     own = [c if isinstance(c, Criterion) else Criterion(**c) for c in criteria] if criteria else None
@@ -253,14 +256,7 @@ def request_job(request: Request, options: Options, suite: str | Path | None = N
     """The job that a request file describes."""
     sources, sha256 = {}, {}
     for role, part, location in record_sets(request):
-        sources[role] = Source(
-            location,
-            dict(part.fields),
-            part.prompt_template,
-            part.completion_template,
-            part.ignore_unknown,
-            getattr(part, "text_prompt_tokens", 1),
-        )
+        sources[role] = Source.of(location, part.format(), getattr(part, "text_prompt_tokens", 1))
         if part.sha256 is not None:
             sha256[role] = part.sha256
     expected = {
@@ -311,7 +307,7 @@ def _criteria(policy: Policy, kind: Any, own: list[Criterion] | None) -> dict[st
 
 
 def _inputs(
-    checkpoint: Any, reference: Any, tokenizer: Any, given: dict[str, Any]
+    checkpoint: Any, reference: Any, tokenizer: Any, given: dict[str, Any], format: RecordFormat | None = None
 ) -> tuple[Live, dict[str, Source], dict[str, list[RawRecord]]]:
     """Sort what a Python caller passed into paths, records in memory, and tokenised records."""
     from probes.records import ImageRecord, TokenRecord
@@ -327,7 +323,7 @@ def _inputs(
         if value is None:
             continue
         if isinstance(value, (str, Path)):
-            sources[role] = Source(str(value))
+            sources[role] = Source.of(str(value), format or RecordFormat())
             continue
         items = list(value)
         if items and all(isinstance(item, (TokenRecord, ImageRecord)) for item in items):
@@ -335,7 +331,7 @@ def _inputs(
         elif items and all(isinstance(item, RawRecord) for item in items):
             raw[role] = items
         else:
-            raw[role] = records_from(items, role=role)
+            raw[role] = records_from(items, role=role, fmt=format)
     if "records" not in {*sources, *raw, *live.records}:
         raise UsageError("expected records to look for, found none; pass records=")
     return live, sources, raw
@@ -400,15 +396,14 @@ def _resume(path: Path, request: str | Path | None, display: Display | None) -> 
 
 def _execute(run: RunFolder, job: Job, live: Live, display: Display | None) -> Run:
     pipeline = Pipeline(run, job, display or Display(), live)
-    status, code = "failed", None
     try:
         verdict = pipeline.execute()
-        status, code = "done", EXIT_CODES[verdict]
-    except KeyboardInterrupt:
-        status, code = "interrupted", 130
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        with suppress(UnlearnError, OSError):  # the disk may be what failed; the first error is the one to report
+            run.finish("interrupted" if stopped else "failed", 130 if stopped else None)
         raise
-    finally:
-        run.finish(status, code)
+    run.finish("done", EXIT_CODES[verdict])
     edited = None
     if live.model is not None and job.kind == "forget":
         edited = cast("Any", pipeline.checkpoint("edited")).model

@@ -241,6 +241,7 @@ class GgufCheckpoint(Checkpoint):
                 dtype="float32",
                 device="cpu",
                 attention=attention_of(default),
+                config=self._gguf_config,
                 gguf_file=self.path.name,
                 quantization_config=GgufConfig(dequantize=True),
             )

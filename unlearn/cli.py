@@ -20,6 +20,7 @@ from unlearn.terminal import Display, make_display
 
 if TYPE_CHECKING:
     from unlearn.job import Options
+    from unlearn.rawrecords import RecordFormat
 
 app = typer.Typer(
     name="unlearn",
@@ -44,6 +45,10 @@ Pickle = Annotated[bool, typer.Option("--allow-pickle", help="read pickled weigh
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
 ExitZero = Annotated[bool, typer.Option("--exit-zero", help="return 0 instead of 1 and 3")]
 Out = Annotated[Path | None, typer.Option(help="run folder to create [runs/TIME-KIND]", show_default=False)]
+
+Field = Annotated[list[str] | None, typer.Option("--field", help="FIELD=COLUMN of the record files; repeatable")]
+PromptTemplate = Annotated[str | None, typer.Option(help="text around every prompt, with {prompt}")]
+CompletionTemplate = Annotated[str | None, typer.Option(help="text around every completion, with {completion}")]
 
 _GLOBAL: dict[str, Any] = {}
 
@@ -104,6 +109,16 @@ def _options(
     )
 
 
+def _format(fields: list[str] | None, prompt: str | None, completion: str | None) -> RecordFormat:
+    from unlearn.rawrecords import RecordFormat
+
+    pairs = [entry.partition("=") for entry in fields or []]
+    if any(not (name and equals and column) for name, equals, column in pairs):
+        raise UsageError("expected --field FIELD=COLUMN, as in --field prompt=question, found another form")
+    unescape = (text.replace("\\n", "\n") if text else text for text in (prompt, completion))
+    return RecordFormat({name: column for name, _, column in pairs}, *unescape)
+
+
 def _display(name: str | None) -> Display:
     return make_display(str(_chosen("display", name, "auto")))
 
@@ -125,6 +140,9 @@ def audit(
     reference: Annotated[str | None, typer.Option(help="a checkpoint that never held the records")] = None,
     suite: Annotated[str, typer.Option(help="quick, standard, deep, or a YAML file")] = "standard",
     policy: Annotated[str, typer.Option(help="criteria: a policy name or YAML file")] = "default",
+    field: Field = None,
+    prompt_template: PromptTemplate = None,
+    completion_template: CompletionTemplate = None,
     out: Out = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -149,6 +167,7 @@ def audit(
         reference=reference,
         suite=suite,
         policy=policy,
+        format=_format(field, prompt_template, completion_template),
         out=out,
         options=options,
         display=shown,

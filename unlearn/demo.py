@@ -46,6 +46,7 @@ def demo(*, tiny: bool, out: Path | None, display: Display) -> Any:
         raise UsageError(f"expected a new or empty folder, found files in {folder}; choose another --out")
     gguf = None if tiny else _packaged_model()
     folder.mkdir(parents=True, exist_ok=True)
+    _quiet(tiny)
     planted = _write_records(folder)
     with display.stage("base", "a small model trained on the spot" if tiny else "SmolLM2-135M-Instruct") as update:
         if gguf is None:
@@ -70,6 +71,16 @@ def demo(*, tiny: bool, out: Path | None, display: Display) -> Any:
     run = api.forget(folder / "request.yaml", out=folder / "forget", display=display)
     display.result(summary(run), summary_data(run))
     return run
+
+
+def _quiet(tiny: bool) -> None:
+    """No bars but our own; one thread for matrices so small that a second would only wait."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if tiny:
+        torch.set_num_threads(1)
 
 
 def _packaged_model() -> Path:
@@ -160,8 +171,8 @@ def _train_base(out: Path, update: Any) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-    rows = tokenise(records_from(customers(320, seed=7)), tokenizer, max_length=256)
-    plant(model, rows, Planting(epochs=4, learning_rate=2e-3, batch_size=16), update)
+    rows = tokenise(records_from(customers(280, seed=7)), tokenizer, max_length=256)
+    plant(model, rows, Planting(epochs=3, learning_rate=3e-3, batch_size=16), update)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

@@ -30,6 +30,18 @@ class Source:
     ignore_unknown: bool = False
     text_prompt_tokens: int = 1
 
+    @classmethod
+    def of(cls, location: str, fmt: RecordFormat, text_prompt_tokens: int = 1) -> Source:
+        """A location with its format spelled out."""
+        return cls(
+            location,
+            dict(fmt.fields),
+            fmt.prompt_template,
+            fmt.completion_template,
+            fmt.ignore_unknown,
+            text_prompt_tokens,
+        )
+
     def format(self) -> RecordFormat:
         """For `read_records`."""
         return RecordFormat(self.fields, self.prompt_template, self.completion_template, self.ignore_unknown)

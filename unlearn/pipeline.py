@@ -390,6 +390,8 @@ class Pipeline:
         )
         shutil.rmtree(work)
         self.run.claim(out)
+        edited = self.checkpoint("edited")
+        self.run.write_json("edit/checkpoint.json", edited.describe() | {"manifest": edited.manifest()})
         places = self._places(loaded.model_map)
         method = {
             "name": editor.name,

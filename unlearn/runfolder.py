@@ -95,19 +95,6 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
 
 
-def refuse_overlap(out: Path, inputs: list[Path]) -> None:
-    """Refuse an output folder inside an input folder, after resolving links and `..`.
-
-    Raises:
-        IntegrityError: nothing is written.
-    """
-    target = out.resolve()
-    for source in inputs:
-        folder = source.resolve()
-        if folder.is_dir() and (target == folder or folder in target.parents):
-            raise IntegrityError("expected --out outside the input checkpoint, found it inside; choose another folder")
-
-
 class RunFolder:
     """A run folder opened for writing. Create it with `create` or `resume`."""
 
@@ -132,7 +119,10 @@ class RunFolder:
             UsageError: if it exists and is not empty.
             ResourceError: if the disk is full or read-only.
         """
-        refuse_overlap(path, inputs)
+        from unlearn.writer import refuse_overlap
+
+        for source in inputs:
+            refuse_overlap(path, source)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(
                 "expected a new or empty output folder, found files in it; choose another --out or --resume it"
@@ -292,9 +282,11 @@ class RunFolder:
     def finish(self, status: str, exit_code: int | None) -> None:
         """Record how the run ended: `done`, `failed` or `interrupted`."""
         self.header |= {"status": status, "exit_code": exit_code, "finished": now()}
-        self._save_header()
-        self.event(f"run.{status}", exit_code=exit_code)
-        self.close()
+        try:
+            self._save_header()
+            self.event(f"run.{status}", exit_code=exit_code)
+        finally:  # the lock goes even where a full disk keeps the last words from being written
+            self.close()
 
     def close(self) -> None:
         """Release the lock."""

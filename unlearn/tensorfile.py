@@ -248,8 +248,7 @@ def _entries(path: Path, entries: dict[str, Any], base: int) -> Iterator[TensorI
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise ValueError("metadata")
     for name, entry in entries.items():
-        name.encode("utf-8")  # half of a surrogate pair is valid JSON but no text
-        if not name.isprintable():  # a line break in a name would make the digest's lines ambiguous
+        if not name.isprintable():  # a line break would make the digest's lines ambiguous, half a surrogate is no text
             raise ValueError("name")
         if not isinstance(entry, dict):
             raise ValueError("entry")

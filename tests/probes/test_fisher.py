@@ -234,6 +234,17 @@ def test_parameters_without_a_rule_are_exact_too(arch: str) -> None:
     close(importance(model, records, batch_size=3).tensors, expected)
 
 
+def test_a_tied_head_gets_both_gradients() -> None:
+    """The same tensor embeds and predicts; the two gradients have to be added before they are squared."""
+    model, records = eager("gpt2"), texts(3)
+    names = ["transformer.wte.weight", "transformer.h.2.mlp.c_fc.weight"]
+    assert not routes(model, names)
+    close(
+        importance(model, records, batch_size=3, parameters=names).tensors,
+        mean_square(per_sample(model, records, names)),
+    )
+
+
 class _Odd(nn.Module):
     """A linear layer used in a way that its hooks cannot explain."""
 
@@ -390,6 +401,9 @@ def test_signs_are_seeded_by_record_and_draw() -> None:
         return importance(model, records, **options).tensors[name]
 
     name = editable(model)[0]
+    signs = fisher._Texts(ModelMap.of(model), texts(200), False, 0).signs(range(200), 0)
+    assert set(signs.tolist()) == {-1, 1}
+    assert abs(float(signs.float().mean())) < 0.1
     first = run(records)
     torch.testing.assert_close(run(records[::-1]), first, rtol=1e-4, atol=1e-6 * float(first.max()))
     assert not torch.allclose(run(records, seed=1), first, rtol=1e-2)
@@ -502,6 +516,14 @@ def test_the_model_is_left_as_it_was(estimator: str, fails: bool) -> None:
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["example", "batch"])
+def test_dropout_is_off(estimator: str) -> None:
+    model, records = causal_lm("gpt2", dtype=F64, resid_pdrop=0.5), texts(3)
+    options = {"estimator": estimator, "batch_size": 3, "parameters": editable(model)}
+    expected = importance(model, records, **options).tensors
+    close(importance(model.train(), records, **options).tensors, expected)
 
 
 def test_one_gradient_alive_at_a_time() -> None:

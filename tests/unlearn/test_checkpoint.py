@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 from transformers.core_model_loading import Chunk, WeightConverter
+from transformers.utils import logging
 
 from probes.errors import IntegrityError, ResourceError, UnlearnError, UnsupportedError, UsageError
 from tests import tiny
@@ -27,6 +28,7 @@ from unlearn import checkpoint as module
 from unlearn import writer
 from unlearn.checkpoint import LiveCheckpoint, open_checkpoint, write_edited
 from unlearn.diskmap import DiskMap, revert
+from unlearn.loading import transformers_errors
 from unlearn.manifest import identify
 
 SHARDED = 3
@@ -335,6 +337,18 @@ def test_second_copies_of_the_weights_stay_behind(fresh: Callable[..., Path], tm
     assert {row["path"] for row in opened.manifest()} >= set(left)
 
 
+def test_hidden_files_are_none_of_the_checkpoint(fresh: Callable[..., Path], tmp_path: Path) -> None:
+    folder = fresh("llama")
+    before = contents(folder)
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "download.lock").write_text("")
+    (folder / ".gitattributes").write_text("")
+    opened = open_checkpoint(folder)
+    assert {row["path"] for row in opened.manifest()} == before.keys()
+    write_edited(opened, tmp_path / "out", untouched)
+    assert contents(tmp_path / "out") == before
+
+
 def test_linked_files_are_copied_not_linked(fresh: Callable[..., Path], tmp_path: Path) -> None:
     folder = fresh("llama")
     blobs = tmp_path / "blobs"
@@ -637,10 +651,11 @@ def test_an_architecture_may_be_left_unnamed(fresh: Callable[..., Path]) -> None
     assert open_checkpoint(folder).task == "causal_lm"
 
 
-def test_packed_weights_without_a_config_entry(fresh: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(("name", "dtype"), [("up_proj.qweight", torch.int32), ("up_proj.weight", torch.float8_e4m3fn)])
+def test_packed_weights_without_a_config_entry(fresh: Callable[..., Path], name: str, dtype: torch.dtype) -> None:
     folder = fresh("llama")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.qweight"] = torch.ones(4, 4, dtype=torch.int32)
+    tensors[f"model.layers.0.mlp.{name}"] = torch.ones(48, 32).to(dtype)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     refuses(folder, UnsupportedError, 5, "quantised")
 
@@ -733,6 +748,27 @@ def test_chat_template_inside_the_tokenizer_config(fresh: Callable[..., Path]) -
     assert open_checkpoint(folder).chat_template_digest() == apart
 
 
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (ImportError("flash_attn"), ResourceError, "a package is missing .flash_attn."),
+        (MemoryError(), ResourceError, "ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), ResourceError, "ran out"),
+        (torch.OutOfMemoryError("CUDA"), ResourceError, "ran out"),
+        (KeyError("first\nsecond"), UnsupportedError, "KeyError"),
+        (UsageError("mine"), UsageError, "^mine$"),
+    ],
+    ids=repr,
+)
+def test_what_transformers_raises_becomes_one_line(raised: Exception, kind: type[UnlearnError], message: str) -> None:
+    verbosity = logging.get_verbosity()
+    with pytest.raises(kind, match=message) as caught, transformers_errors("where"):
+        raise raised
+    assert "\n" not in str(caught.value)
+    assert logging.get_verbosity() == verbosity
+    assert logging.is_progress_bar_enabled()
+
+
 # -- pickles -----------------------------------------------------------------------------------------------------------
 
 
@@ -799,7 +835,9 @@ def test_a_live_model_is_its_saved_self(saved: Callable[..., Path], tmp_path: Pa
     assert live.tensor_digest() == opened.tensor_digest()
     assert sorted(live.tensor_names()) == sorted(opened.tensor_names())
     assert live.manifest() == []
+    model.train()
     assert live.load_model() is model
+    assert not model.training
     described = live.describe()
     assert {key: described[key] for key in ("architecture", "parameters", "dtype", "tied", "chat_template_digest")} == {
         key: opened.describe()[key] for key in ("architecture", "parameters", "dtype", "tied", "chat_template_digest")

@@ -73,7 +73,7 @@ def test_audit_exits_0_where_criteria_are_met(run, world: World, tmp_path: Path)
         (
             ["audit", "{w}/planted", "--records", "{w}/records.jsonl", "--out", "{w}/planted/run"],
             4,
-            "outside the input",
+            "apart from the input",
         ),
         (["audit", "{w}/planted", "--records", "{w}/records.jsonl", "--suite", "nosuch"], 2, "expected one of"),
         (["audit", "{w}/planted", "--records", "{w}/records.jsonl", "--dtype", "int4"], 2, "expected --dtype"),

@@ -109,7 +109,7 @@ def test_output_inside_the_input_is_refused(tmp_path: Path, where: str, monkeypa
     (tmp_path / "other").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "ckpt")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(IntegrityError, match="outside the input"):
+    with pytest.raises(IntegrityError, match="apart from the input"):
         RunFolder.create(Path(where), HEADER, [tmp_path / "ckpt"])
     assert list((tmp_path / "ckpt").iterdir()) == []
 

@@ -1,248 +1,436 @@
-"""Selective Synaptic Dampening: weights far more important to the records than to what must stay are damped.
+"""Selective Synaptic Dampening (arXiv 2308.07707): damp weights that matter far more to the records than to the rest.
 
-With f the importance of a weight to the records, o its importance to everything, and W the weight (arXiv 2308.07707):
+With importances f over the records to forget and o over the data, both from `probes.fisher`,
 
-    selected   f > alpha * o                       (strictly)
-    damped     W <- beta * W,  beta = min(lambda * o / f, 1), and never below `floor`
+    theta_i <- beta_i theta_i  where  f_i > alpha o_i,     beta_i = min(max(lambda o_i / f_i, floor), 1)
 
-No gradient step is taken: one pass of gradients over the records, one over the retain set, which is kept and reused.
+and every other weight keeps its bits. Two passes of gradients, no training step.
 
-Scale. The paper's o is over the full training set D, the records included. A user has the retain set: with
-w = |Df| / |D| and additive importances, o = w f + (1 - w) r (`importance_scale: full`). Then f / o <= 1 / w, so
-alpha >= 1 / w selects nothing at all, and no weight is damped below lambda * w. `retain` uses o = r as it is.
+Scale. In the paper o covers the whole data D, the forget set included. Here r is measured on the retain set alone, so
+that it can be kept and reused, and brought to that scale with w = |Df| / |D|: o = w f + (1 - w) r. Hence f / o <= 1/w:
+alpha >= 1/w selects nothing, and no weight is damped below lambda w. Selecting by o at alpha is selecting by r at
+alpha (1 - w) / (1 - alpha w). With `importance_scale: retain` o is r as measured (give D itself as the retain set to
+have the paper's o measured directly).
 
-alpha: auto takes the percentile p = 100 - ln(1 + 100 w) of the finite ratios f / o over all selected tensors, the rule
-of ASSD (2402.10098); f / o is monotone in f / r, so both scales select the same weights.
+Threshold. `alpha: auto` is the rule of ASSD (2402.10098): the percentile 100 - ln(1 + 100 w) of the finite ratios f / r
+over all selected parameters, converted to the scale in use. It reads neither a test record nor the reference model.
 
-To reproduce the official code: `estimator: batch`, `batch_size: 64`, `alpha: 10`, `lambda: 1`, `floor: 0`,
-`importance_scale: retain` with the full training set given as `retain`, `include: ["*"]`. It departs from that by
-default because batch gradients are no Fisher diagonal (see `probes.fisher`): they depend on batch size and order.
-Norm gains, position tables and embeddings are left alone by default: a token that occurs in the records alone would
-have its whole embedding row damped to nothing. Division 0 / 0 and lambda * o of inf * 0, which poison weights in the
-official code, are defined here: a weight with f = 0 is never touched, one with o = 0 < f falls to `floor`.
+To reproduce the official code: `estimator: batch`, `labels: gold`, `lambda: 1`, `floor: 0`, `include: ["*"]`,
+`batch_size: 64`, `importance_scale: retain` with D in the published order as the retain set, and `alpha: 10` (for its
+ViT 5 on full classes and 25 on sub-classes). LFSSD (2402.19308) is `estimator: label_free`.
+
+Departures, each for a reason:
+- importances are per example by default: a squared batch mean is no Fisher information, and changes with batch size,
+  loader order and a short last batch;
+- norm gains, position tables and token embeddings are left alone by default: the row of a token that only the records
+  use has o = 0 and would be erased;
+- 0/0, 0 * inf and lambda = inf are decided (nothing selected, or beta = 1) where the code yields NaN;
+- weights of half precision are damped in fp32 and rounded once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import safe_open
-from safetensors.torch import save_file
+from pydantic import BeforeValidator, Field, StrictInt, model_validator
 from torch import Tensor
 
-from probes.errors import UsageError
+from probes.errors import IntegrityError, UnsupportedError, UsageError
 from probes.fisher import importance
-from probes.modelmap import ModelMap
 from unlearn import cache
-from unlearn.editors.base import EditContext, EditResult
-from unlearn.measure import records_digest
-from unlearn.writer import write_edited
+from unlearn.checkpoint import write_edited
+from unlearn.editors.base import EditContext, EditResult, Record
+from unlearn.importances import StoredImportance, describe, load_importance, save_importance
+from unlearn.mistakes import Mistakes
+from unlearn.records import data_digest
+from unlearn.yamlfile import Document, Schema, parse
+
+if TYPE_CHECKING:
+    from probes.modelmap import ModelMap
+
+Scale = Literal["full", "retain"]
+Pairs = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+Number = Annotated[float, Field(strict=True)]
+
+CHUNK = 1 << 22  # ratios ranked at once
 
 
-class SSDParameters(BaseModel):
-    """Options of the editor; `configs/methods/ssd.yaml` comments each.
+def _number_or_auto(accepts: Callable[[float], bool], what: str) -> BeforeValidator:
+    """One mistake for a value that is neither: a plain union of types would report one for each member."""
+
+    def check(value: object) -> object:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value != "auto" and not (number and math.isfinite(value) and accepts(value)):  # type: ignore[arg-type]
+            raise ValueError(f"expected {what}, or auto")
+        return value
+
+    return BeforeValidator(check)
+
+
+class SSDParameters(Schema):
+    """Hyper-parameters; the names are those of a method preset.
 
     Attributes:
-        estimator: of both importances, see `probes.fisher`.
-        labels: gold, or sampled from the model.
-        alpha: selection threshold on f / o, or auto.
-        lambda_: damping strength (`lambda` in YAML).
-        floor: smallest beta.
-        importance_scale: whether o is over records and retain set together (full) or the retain set alone (retain).
-        batch_size: examples a batch.
-        draws: passes averaged, for what is random.
-        include: globs of parameter names to edit; empty for the default.
-        exclude: globs of parameter names to leave alone, besides the default ones.
+        estimator: what importance is (`probes.fisher`).
+        labels: the records' own or sampled from the model.
+        alpha: selection threshold on the chosen scale, or "auto".
+        lambda_: damping strength (`lambda` in files).
+        floor: no weight is multiplied by less.
+        importance_scale: "full" for o = w f + (1 - w) r, "retain" for o = r.
+        forget_fraction: w; "auto" takes the forget set's share of the two sets given, which is right if the retain
+            set is all the remaining training data. With a sample of it, give the true share.
+        batch_size: records per batch.
+        draws: passes averaged where signs or labels are drawn.
+        include: globs of parameter names to edit, instead of the default selection.
+        exclude: globs of parameter names to leave alone.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, hide_input_in_errors=True)
 
     estimator: Literal["example", "token", "batch", "label_free"] = "example"
     labels: Literal["gold", "sampled"] = "gold"
-    alpha: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    lambda_: Annotated[float, Field(gt=0, alias="lambda")] = 1.0
-    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
-    importance_scale: Literal["full", "retain"] = "full"
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    draws: Annotated[int, Field(ge=1)] = 1
+    alpha: Annotated[float | Literal["auto"], _number_or_auto(lambda x: x >= 0, "a number from 0")] = "auto"
+    lambda_: Annotated[Number, Field(ge=0)] = Field(default=1.0, alias="lambda")
+    floor: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    importance_scale: Scale = "full"
+    forget_fraction: Annotated[
+        float | Literal["auto"], _number_or_auto(lambda x: 0 < x <= 1, "a share above 0 and up to 1")
+    ] = "auto"
+    batch_size: Annotated[StrictInt, Field(ge=1)] = 64
+    draws: Annotated[StrictInt, Field(ge=1)] = 1
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.estimator == "label_free" and self.labels == "sampled":
+            raise ValueError("expected `labels: gold` for `estimator: label_free`, which reads no labels")
+        if self.draws > 1 and self.estimator != "token" and self.labels == "gold":
+            raise ValueError("expected `draws: 1` unless `estimator: token` or `labels: sampled` draws something")
+        return self
 
-class Damped(NamedTuple):
-    """One damped tensor: the new weight, how many elements were selected, their smallest and summed beta."""
 
-    weight: Tensor
+# --------------------------------------------------------------------------------------------------- the mathematics
+
+
+@dataclass(frozen=True, slots=True)
+class Damping:
+    """What happened to one tensor: selected elements and their factors (None where nothing was selected)."""
+
     selected: int
-    min_beta: float
-    sum_beta: float
+    elements: int
+    min_beta: float | None
+    mean_beta: float | None
 
 
-def full_scale(f: Tensor, r: Tensor, w: float) -> Tensor:
-    """o = w f + (1 - w) r: the importance over records and retain set together, for additive importances."""
-    return f * w + r * (1.0 - w)
+def full_set_importance(f: Tensor, r: Tensor, w: float) -> Tensor:
+    """Importance over forget and retain set together, o = w f + (1 - w) r, for estimators that are means.
+
+    Args:
+        f: importance over the forget set.
+        r: importance over the retain set, same shape.
+        w: share of the forget set in the whole, in (0, 1].
+    """
+    return (w * f).add_(r, alpha=1 - w)
 
 
-def dampen(weight: Tensor, o: Tensor, f: Tensor, alpha: float, lam: float, floor: float) -> Damped:
+def dampen(
+    weight: Tensor, o: Tensor, f: Tensor, alpha: float, lam: float = 1.0, floor: float = 0.0
+) -> tuple[Tensor, Damping]:
     """Damp one tensor.
 
     Args:
-        weight: any float type; the arithmetic is in float32 (float64 for float64 weights).
-        o: importance to everything, shape of `weight`.
-        f: importance to the records, shape of `weight`.
-        alpha: selection threshold; infinite selects nothing.
-        lam: damping strength; infinite damps only where o = 0.
-        floor: smallest beta.
+        weight: any shape, a floating-point type; not modified.
+        o: importance to what must stay, same shape, non-negative.
+        f: importance to the records, same shape, non-negative.
+        alpha: threshold; a tie is not selected. Infinity selects nothing.
+        lam: strength. Infinity means no damping at all, also where o = 0.
+        floor: least factor.
 
     Returns:
-        The weight with only selected elements multiplied; an element with beta = 1 keeps its bits.
+        The damped tensor (`weight` itself if nothing is selected) in the type of `weight`, and what happened.
+
+    Raises:
+        UnsupportedError: for integer weights.
     """
-    where = f > o * alpha  # inf * 0 is NaN, which is not smaller than anything
-    selected = int(where.sum())
+    if not weight.is_floating_point():
+        raise UnsupportedError(f"expected floating-point weights, found {weight.dtype}; dequantise the checkpoint")
+    mask = f > alpha * o  # false where alpha * o is inf * 0
+    selected = int(mask.count_nonzero())
     if not selected:
-        return Damped(weight, 0, 1.0, 0.0)
-    beta = o[where].mul(lam).div_(f[where]).nan_to_num_(nan=0.0, posinf=1.0).clamp_(floor, 1.0)
-    out = weight.clone()
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    out[where] = (weight[where].to(wide) * beta.to(wide)).to(weight.dtype)
-    return Damped(out, selected, float(beta.min()), float(beta.double().sum()))
+        return weight, Damping(0, weight.numel(), None, None)
+    kept, lost = o[mask], f[mask]  # lost > 0: it exceeds a non-negative number
+    beta = (kept * lam).div_(lost).nan_to_num_(nan=1.0).clamp_(floor, 1.0)  # inf * 0 is NaN
+    damped = weight.clone()
+    damped[mask] = (weight[mask].to(beta.dtype) * beta).to(weight.dtype)
+    return damped, Damping(selected, weight.numel(), float(beta.min()), float(beta.double().mean()))
 
 
-def percentile_rule(w: float) -> float:
-    """ASSD's percentile 100 - ln(1 + 100 w) for a share w of records among all data."""
+def assd_percentile(w: float) -> float:
+    """The percentile at which ASSD (2402.10098) cuts: 100 - ln(1 + 100 w), for a forget set that is w of the data."""
     return 100.0 - math.log1p(100.0 * w)
 
 
-def percentile(parts: Callable[[], Iterable[Tensor]], q: float) -> float:
-    """The q-th percentile of all finite positive values, exactly as `numpy.percentile`, one tensor in memory at a time.
-
-    Positive float32 numbers sort as their bits do, so two histogram passes over 16 bits each find an order statistic.
+def assd_alpha(pairs: Pairs, w: float) -> float:
+    """ASSD's threshold for the ratios f / r, that is on the retain scale.
 
     Args:
-        parts: gives the tensors anew on each call; NaN, infinite and non-positive values do not count.
-        q: in [0, 100].
+        pairs: called twice; each time gives (f, r), tensor by tensor, over all selected parameters.
+        w: share of the forget set in the whole.
 
-    Returns:
-        The percentile; infinity where there is no value.
+    Raises:
+        UsageError: if no ratio is finite.
+    """
+    return ratio_percentile(pairs, assd_percentile(w))
+
+
+def ratio_percentile(pairs: Pairs, q: float) -> float:
+    """Exact percentile of the finite ratios f / r (in fp32), linearly interpolated as numpy does.
+
+    Non-negative floats sort as their bit patterns, so two passes suffice: one counts the upper 16 bits of every ratio,
+    one the lower 16 bits of those that share them with the ranks sought. Memory is two tables of 65,536 counts and a
+    chunk, whatever the model's size; the order of the tensors does not matter.
+
+    Args:
+        pairs: called twice; each time gives (f, r) tensor by tensor.
+        q: percentile in [0, 100].
+
+    Raises:
+        UsageError: if no ratio is finite.
+    """
+    upper = torch.zeros(1 << 16, dtype=torch.long)
+    for bits in _ratio_bits(pairs()):
+        upper += torch.bincount(bits >> 16, minlength=1 << 16)
+    n = int(upper.sum())
+    if not n:
+        raise UsageError(
+            "expected retain data with a gradient somewhere, found importance 0 everywhere, so alpha cannot be chosen; "
+            "give another retain set, or alpha"
+        )
+    position = (n - 1) * q / 100.0
+    ranks = (math.floor(position), math.ceil(position))
+    ends = upper.cumsum(0)
+    bins = [int(torch.searchsorted(ends, rank, right=True)) for rank in ranks]
+    lower = {b: torch.zeros(1 << 16, dtype=torch.long) for b in bins}
+    for bits in _ratio_bits(pairs()):
+        for b, counts in lower.items():
+            counts += torch.bincount(bits[bits >> 16 == b] & 0xFFFF, minlength=1 << 16)
+
+    def value(rank: int, b: int) -> float:
+        within = rank - int(ends[b] - upper[b])
+        low = int(torch.searchsorted(lower[b].cumsum(0), within, right=True))
+        return float(torch.tensor([b << 16 | low], dtype=torch.int32).view(torch.float32))
+
+    below, above = (value(rank, index) for rank, index in zip(ranks, bins, strict=True))
+    return below + (above - below) * (position - ranks[0])
+
+
+def _ratio_bits(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """Bit patterns of the finite ratios, a chunk at a time."""
+    for f, r in pairs:
+        for a, b in zip(torch.split(f.flatten(), CHUNK), torch.split(r.flatten(), CHUNK), strict=True):
+            ratio = a.float() / b.float()
+            yield ratio[ratio.isfinite()].view(torch.int32)
+
+
+def alpha_on_full_scale(alpha: float, w: float) -> float:
+    """The threshold on f / o, o = w f + (1 - w) r, that selects as `alpha` does on f / r; always below 1/w."""
+    return 1 / w if math.isinf(alpha) else alpha / (w * alpha + 1 - w)
+
+
+def alpha_on_retain_scale(alpha: float, w: float) -> float:
+    """The threshold on f / r that selects as `alpha` does on f / o; infinite from 1/w on, where nothing is selected."""
+    return math.inf if alpha * w >= 1 else alpha * (1 - w) / (1 - alpha * w)
+
+
+def select_parameters(
+    names: Sequence[str], default_exclude: Iterable[str], include: Sequence[str], exclude: Sequence[str]
+) -> list[str]:
+    """Names of the parameters to edit, in the order of `names`.
+
+    Args:
+        names: all of the model's.
+        default_exclude: left alone unless `include` is given.
+        include: globs; where given they replace the default selection.
+        exclude: globs taken away from it.
+
+    Raises:
+        UsageError: if a glob matches nothing, or nothing is left.
+    """
+    for glob in (*include, *exclude):
+        if not any(fnmatchcase(name, glob) for name in names):
+            close = get_close_matches(glob, names, n=3, cutoff=0.3)
+            raise UsageError(
+                f"expected a glob of parameter names, found {glob!r} which matches none"
+                + (f"; close names: {', '.join(close)}" if close else "")
+            )
+    skipped = set(default_exclude)
+    chosen = [n for n in names if (any(fnmatchcase(n, g) for g in include) if include else n not in skipped)]
+    chosen = [n for n in chosen if not any(fnmatchcase(n, g) for g in exclude)]
+    if not chosen:
+        raise UsageError("expected parameters left to edit, found none; loosen include or exclude")
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------------------- the edit
+
+
+@dataclass(slots=True)
+class Dampening:
+    """An edit for `write_edited`: damps the tensors that have importances, one at a time, and keeps count.
+
+    Attributes:
+        forget: importances f.
+        retain: importances r, at least of the same tensors.
+        alpha: threshold on the chosen scale.
+        lam: strength.
+        floor: least factor.
+        scale: whether o = w f + (1 - w) r or o = r.
+        w: share of the forget set in the whole.
+        dampings: filled while editing, by name on disk.
     """
 
-    def bits() -> Iterator[np.ndarray]:
-        for part in parts():
-            values = part.flatten().float()
-            yield values[torch.isfinite(values) & (values > 0)].numpy().view(np.uint32)
+    forget: StoredImportance
+    retain: StoredImportance
+    alpha: float
+    lam: float
+    floor: float
+    scale: Scale
+    w: float
+    dampings: dict[str, Damping] = field(default_factory=dict)
 
-    high = sum((np.bincount(chunk >> 16, minlength=1 << 16) for chunk in bits()), np.zeros(1 << 16, np.int64))
-    total = int(high.sum())
-    if not total:
-        return math.inf
-    rank = q / 100.0 * (total - 1)
-    found = []
-    for k in (math.floor(rank), math.ceil(rank)):
-        bucket = int(np.searchsorted(np.cumsum(high), k, side="right"))
-        before = int(high[:bucket].sum())
-        low = sum(
-            (np.bincount(chunk[chunk >> 16 == bucket] & 0xFFFF, minlength=1 << 16) for chunk in bits()),
-            np.zeros(1 << 16, np.int64),
-        )
-        rest = int(np.searchsorted(np.cumsum(low), k - before, side="right"))
-        found.append(float(np.array([(bucket << 16) | rest], np.uint32).view(np.float32)[0]))
-    return found[0] + (found[1] - found[0]) * (rank - math.floor(rank))
+    def __post_init__(self) -> None:
+        missing = self.forget.names - self.retain.names
+        if missing:
+            raise UsageError(
+                f"expected retain importances of every edited tensor, found none of {min(missing)}; compute both alike"
+            )
 
+    def __call__(self, name: str, weight: Tensor) -> Tensor | None:
+        """The damped tensor, or None where nothing changes."""
+        if name not in self.forget.names:
+            return None
+        f, r = self.forget.tensor(name), self.retain.tensor(name)
+        o = full_set_importance(f, r, self.w) if self.scale == "full" else r
+        damped, self.dampings[name] = dampen(weight, o, f, self.alpha, self.lam, self.floor)
+        return damped if self.dampings[name].selected else None
 
-class Tensors:
-    """Importances in a safetensors file by disk name, read one at a time."""
-
-    def __init__(self, path: Path, stack: ExitStack) -> None:
-        self._file = stack.enter_context(safe_open(path, framework="pt"))
-        self.names = frozenset(self._file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
+    def statistics(self) -> dict[str, Any]:
+        """Numbers about the edit, JSON values; `tensors` lists those in which something was selected."""
+        hit = {name: damping for name, damping in self.dampings.items() if damping.selected}
+        selected = sum(damping.selected for damping in hit.values())
+        total = math.fsum(damping.selected * (damping.mean_beta or 0.0) for damping in hit.values())
+        on_retain = alpha_on_retain_scale(self.alpha, self.w) if self.scale == "full" else self.alpha
+        return {
+            "alpha": self.alpha,
+            "alpha_retain_scale": on_retain if math.isfinite(on_retain) else None,
+            "forget_fraction": self.w,
+            "selected": selected,
+            "elements": sum(damping.elements for damping in self.dampings.values()),
+            "min_beta": min((d.min_beta for d in hit.values() if d.min_beta is not None), default=None),
+            "mean_beta": total / selected if selected else None,
+            "tensors": {name: asdict(damping) for name, damping in sorted(hit.items())},
+        }
 
 
 class SSDEditor:
-    """Selective Synaptic Dampening as an editor of checkpoints."""
+    """Selective Synaptic Dampening as a registered editor."""
 
     name: ClassVar[str] = "ssd"
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv 2308.07707"
     needs_retain: ClassVar[bool] = True
 
-    def __init__(self, parameters: Mapping[str, Any]) -> None:
-        try:
-            self.parameters = SSDParameters.model_validate(dict(parameters))
-        except ValidationError as error:
-            wrong = sorted({str(part["loc"][0]) for part in error.errors()})
-            known = ", ".join(name.rstrip("_") for name in SSDParameters.model_fields)
-            raise UsageError(
-                f"expected ssd parameters among {known} with the values of configs/methods/ssd.yaml, found a mistake in "
-                f"{', '.join(name for name in wrong if name.rstrip('_') in known) or 'an unknown parameter'}"
-            ) from None
-        if self.parameters.labels == "sampled" and self.parameters.estimator == "label_free":
-            raise UsageError("expected labels: gold with estimator label_free, which reads no labels; found sampled")
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        """Validate parameters.
+
+        Raises:
+            UsageError: listing every mistake.
+        """
+        self.parameters = parse(Document(self.name, Path(), parameters, {}, Mistakes(self.name)), SSDParameters)
 
     def selected(self, model_map: ModelMap) -> list[str]:
-        """Names of the parameters that may be damped."""
-        names = [name for name, parameter in model_map.model.named_parameters() if parameter.is_floating_point()]
-        default = set(model_map.default_exclude())
-        include = self.parameters.include
-        for glob in (*include, *self.parameters.exclude):
-            if not any(fnmatchcase(name, glob) for name in names):
-                near = get_close_matches(glob, names, 3, 0.3)
-                hint = f"; close names: {', '.join(near)}" if near else ""
-                raise UsageError(f"expected globs that match parameter names, found {glob} matching none{hint}")
-        kept = [
-            name
-            for name in names
-            if (any(fnmatchcase(name, glob) for glob in include) if include else name not in default)
-            and not any(fnmatchcase(name, glob) for glob in self.parameters.exclude)
-        ]
-        if not kept:
-            raise UsageError("expected at least one parameter to edit, found that include and exclude leave none")
-        return kept
+        """Names of the parameters the edit may change.
+
+        Raises:
+            UsageError: if a glob matches nothing.
+        """
+        names = [name for name, _ in model_map.model.named_parameters()]
+        p = self.parameters
+        return select_parameters(names, model_map.default_exclude(), p.include, p.exclude)
 
     def passes(self, n_forget: int, n_retain: int) -> dict[str, int]:
-        """Backward passes over records; those over the retain set are saved when an earlier request made them."""
-        draws = self.parameters.draws
-        return {"records forward and backward": n_forget * draws, "retain forward and backward": n_retain * draws}
+        """Passes over records: none forward only, one forward and backward per record and draw."""
+        return {"forward": 0, "forward_backward": (n_forget + n_retain) * self.parameters.draws}
 
-    def _importance(self, context: EditContext, which: str, names: list[str]) -> tuple[Path, dict[str, Any]]:
-        """Importances of one set by disk name: from the cache, or computed and kept there."""
+    def edit(self, context: EditContext, out: Path) -> EditResult:
+        """Measure importances, unless the retain set's are in the store, and write the damped copy.
+
+        Raises:
+            UsageError: no retain records, or `alpha: auto` has nothing to go by.
+        """
         p = self.parameters
-        records = context.retain if which == "retain" else context.forget
-        key = cache.key_of(
-            kind="importance",
-            version=self.version,
-            parts=context.cache_parts,
-            parameters=names,
-            estimator=p.estimator,
-            labels=p.labels,
-            batch_size=p.batch_size,
-            draws=p.draws,
-            seed=context.seed,
-            data=records_digest(records),
+        if not context.retain:
+            raise UsageError("expected retain records for ssd, found none; give some or let them be drafted")
+        names = self.selected(context.model_map)
+        retain, reused = self._retain(context, names)
+        done = 0 if reused else len(context.retain)
+        forget = self._measure(context, context.forget, names, "forget", done)
+        w = _fraction(forget.metadata, retain.metadata) if p.forget_fraction == "auto" else p.forget_fraction
+        alpha = self._alpha(forget, retain, w)
+        edit = Dampening(forget, retain, alpha, p.lambda_, p.floor, p.importance_scale, w)
+        deltas = write_edited(context.source, out, edit)
+        statistics = edit.statistics()
+        return EditResult(
+            deltas=deltas,
+            parameters=p.model_dump(mode="json", by_alias=True) | {"alpha": alpha, "forget_fraction": w},
+            statistics=statistics,
+            importances={
+                "retain": retain.metadata | {"reused": reused},
+                "forget": forget.metadata | {"reused": False},
+            },
+            warnings=self._warnings(context.model_map, names, alpha, w, statistics["selected"]),
         )
-        note: dict[str, Any] = {
-            "digest": f"sha256:{key}",
-            "n_examples": len(records),
-            "n_tokens": sum(getattr(record, "n_tokens", 1) for record in records),
-            "estimator": p.estimator,
-            "labels": "none" if p.estimator == "label_free" else p.labels,
-        }
-        path = cache.lookup(key, ".safetensors") if which == "retain" else None
-        if path is not None:
-            return path, note | {"reused": True}
-        found = importance(
+
+    def _retain(self, context: EditContext, names: Sequence[str]) -> tuple[StoredImportance, bool]:
+        """Importances of the retain set and whether they were in the store."""
+        key = None
+        if context.cache_parts:  # without them nothing says which model this is
+            p = self.parameters
+            key = cache.key_of(
+                kind="importance",
+                version=self.version,
+                estimator=p.estimator,
+                labels=p.labels,
+                batch_size=p.batch_size,
+                draws=p.draws,
+                seed=context.seed if p.estimator == "token" or p.labels == "sampled" else None,
+                names=list(names),
+                data=data_digest(context.retain),  # type: ignore[arg-type]
+                **context.cache_parts,
+            )
+            found = cache.lookup(key, ".safetensors")
+            if found is not None:
+                try:
+                    return load_importance(found), True
+                except IntegrityError:
+                    pass  # measured again and stored anew
+        measured = self._measure(context, context.retain, names, "retain", 0)
+        if key is not None:
+            cache.store(key, measured.path)
+        return measured, False
+
+    def _measure(
+        self, context: EditContext, records: Sequence[Record], names: Sequence[str], role: str, done: int
+    ) -> StoredImportance:
+        p = self.parameters
+        total = done + len(records) + (len(context.forget) if role == "retain" else 0)
+        measured = importance(
             context.model,
             records,  # type: ignore[arg-type]
             estimator=p.estimator,
@@ -252,68 +440,36 @@ class SSDEditor:
             seed=context.seed,
             draws=p.draws,
             model_map=context.model_map,
-            progress=context.progress,
+            progress=lambda step, _: context.progress(done + step // p.draws, total),
         )
-        path = context.work / f"{which}.safetensors"
-        save_file(context.source.disk_tensors(context.model, found.tensors, missing=0.0), path)
-        if which == "retain":
-            cache.store(key, path)
-        return path, note | {"reused": False}
+        digest = data_digest(records)  # type: ignore[arg-type]
+        tensors = context.source.disk_tensors(context.model, measured.tensors, missing=0.0)
+        return save_importance(context.work / f"{role}.safetensors", tensors, describe(measured) | {"digest": digest})
 
-    def edit(self, context: EditContext, out: Path) -> EditResult:
-        """Compute importances, choose alpha, write the damped copy tensor by tensor."""
-        p = self.parameters
-        names = self.selected(context.model_map)
-        retain_file, retain_note = self._importance(context, "retain", names)
-        forget_file, forget_note = self._importance(context, "forget", names)
-        unit = "n_tokens" if p.estimator == "token" else "n_examples"
-        w = forget_note[unit] / (forget_note[unit] + retain_note[unit])
-        with ExitStack() as stack:
-            f_all, r_all = Tensors(forget_file, stack), Tensors(retain_file, stack)
+    def _alpha(self, forget: StoredImportance, retain: StoredImportance, w: float) -> float:
+        if self.parameters.alpha != "auto":
+            return self.parameters.alpha
+        alpha = assd_alpha(lambda: ((forget.tensor(n), retain.tensor(n)) for n in sorted(forget.names)), w)
+        return alpha_on_full_scale(alpha, w) if self.parameters.importance_scale == "full" else alpha
 
-            def both(name: str) -> tuple[Tensor, Tensor]:
-                f, r = f_all[name], r_all[name]
-                return f, full_scale(f, r, w) if p.importance_scale == "full" else r
-
-            def ratios() -> Iterator[Tensor]:
-                for name in sorted(f_all.names):
-                    f, o = both(name)
-                    yield f / o
-
-            alpha = percentile(ratios, percentile_rule(w)) if p.alpha == "auto" else float(p.alpha)
-            rows: dict[str, Damped] = {}
-
-            def edit(name: str, weight: Tensor) -> Tensor | None:
-                if name not in f_all.names:
-                    return None
-                f, o = both(name)
-                damped = dampen(weight, o, f, alpha, p.lambda_, p.floor)
-                rows[name] = damped._replace(weight=torch.empty(0))
-                return damped.weight if damped.selected else None
-
-            deltas = write_edited(context.source, out, edit)
-        selected = sum(row.selected for row in rows.values())
-        statistics = {
-            "alpha": alpha,
-            "records_share": w,
-            "selected": selected,
-            "eligible": sum(context.source.load_tensor(name).numel() for name in rows),
-            "min_beta": min((row.min_beta for row in rows.values() if row.selected), default=1.0),
-            "mean_beta": sum(row.sum_beta for row in rows.values()) / selected if selected else 1.0,
-            "tensors": {name: row.selected for name, row in sorted(rows.items()) if row.selected},
-        }
-        warnings = []
-        if p.importance_scale == "full" and alpha >= 1.0 / w:
-            warnings.append(
-                f"alpha = {alpha:g} is at least |D| / |Df| = {1 / w:g}: no weight can be selected, the edit does nothing."
+    def _warnings(self, model_map: ModelMap, names: Sequence[str], alpha: float, w: float, selected: int) -> list[str]:
+        retain_scale = self.parameters.importance_scale == "retain"
+        found = []
+        if not retain_scale and alpha * w >= 1:
+            found.append(
+                f"alpha {alpha:g} is at least |D|/|Df| = {1 / w:g}, where nothing can be selected; lower alpha"
             )
         elif not selected:
-            warnings.append("No weight was selected: the copy has the weights of the original.")
-        resolved = p.model_dump(by_alias=True) | {"alpha": alpha, "alpha_rule": "percentile" if p.alpha == "auto" else "given"}
-        return EditResult(
-            deltas=deltas,
-            parameters=resolved,
-            statistics=statistics,
-            importances={"retain": retain_note, "forget": forget_note},
-            warnings=warnings,
-        )
+            found.append("no weight was selected and the copy equals its source; lower alpha")
+        if retain_scale and set(model_map.embeddings) & set(names):
+            found.append(
+                "token embeddings are edited by retain importances alone: rows of tokens that only the records use "
+                "are erased; use importance_scale full or exclude them"
+            )
+        return found
+
+
+def _fraction(forget: Mapping[str, Any], retain: Mapping[str, Any]) -> float:
+    """The forget set's share, counted in what the estimator averages over, so that o is exactly the whole's mean."""
+    unit = {"example": "n_examples", "token": "n_tokens"}.get(forget["estimator"], "n_batches")
+    return float(forget[unit] / (forget[unit] + retain[unit]))
