@@ -36,6 +36,7 @@ from probes.records import TokenRecord, length_batches, pad
 CHUNK_ELEMENTS = 8_000_000
 TILE_ELEMENTS = 1 << 19  # logits reduced at once on a CPU; 2 MB in fp32 stay in its cache
 BLOCK = 256  # logits per block in `_top_two`
+NOISE_STEPS = 24  # cached decoding steps a sampled record; on a CPU each costs as much as a short prefill
 FLOOR = -1.0e4  # stands in for log 0 where p = 0 multiplies it: 0 * -inf would be NaN
 
 Progress = Callable[[int, int], None]
@@ -371,7 +372,8 @@ def logit_noise(
         for record, batched in zip(chosen, views, strict=True):
             single = _extremes(model, model_map, record)
             cached = _cached_extremes(model, record, device)
-            largest = max(largest, *(float((a - b).abs().max()) for a, b in ((batched, single), (cached, single))))
+            pairs = ((batched, single), (cached, single[: len(cached)]))
+            largest = max(largest, *(float((a - b).abs().max()) for a, b in pairs))
     return factor * largest
 
 
@@ -402,7 +404,8 @@ def _views(
 def _top(logits: Tensor, record: TokenRecord) -> Tensor:
     """[n_tokens, 3]: top-1, top-2 and target logit."""
     logits = logits.float()
-    gold = logits.gather(-1, torch.tensor(record.completion, device=logits.device)[:, None])
+    targets = torch.tensor(record.completion[: len(logits)], device=logits.device)
+    gold = logits.gather(-1, targets[:, None])
     return torch.cat([logits.topk(2).values, gold], dim=-1).nan_to_num(neginf=FLOOR)
 
 
@@ -417,7 +420,7 @@ def _cached_extremes(model: nn.Module, record: TokenRecord, device: torch.device
     ids = torch.tensor([record.ids], device=device)  # [1, T]
     out = model(input_ids=ids[:, : record.n_prompt], use_cache=True)
     steps = [out.logits[0, -1]]
-    for position in range(record.n_prompt, len(record.ids) - 1):
+    for position in range(record.n_prompt, min(len(record.ids) - 1, record.n_prompt + NOISE_STEPS - 1)):
         out = model(input_ids=ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
         steps.append(out.logits[0, -1])
     return _top(torch.stack(steps), record)

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from probes.errors import UnsupportedError
 from probes.modelmap import ModelMap, Projection
 
-TILE_ELEMENTS = 1 << 20  # per-example gradients formed at once: 4 MB in fp32 stays near the cache
+TILE_ELEMENTS = 1 << 20  # per-example gradients or unfolded patches at once on a CPU: 4 MB in fp32 stays in the cache
 
 
 class InseparableError(Exception):
@@ -32,7 +32,11 @@ class InseparableError(Exception):
 
 
 def separable(model: nn.Module, model_map: ModelMap | None, wanted: Collection[str]) -> Taps | None:
-    """Taps that give the per-example gradients of every wanted parameter, or None if one of them has no rule."""
+    """Taps that give the per-example gradients of every wanted parameter, or None if one of them has no rule.
+
+    Whether modules really see one row per example, once, shows when they run (`InseparableError`). What cannot be
+    seen is a module that runs once and whose weight other code reads as well.
+    """
     if model_map is None or model_map.model is not model:
         try:
             model_map = ModelMap.of(model)
@@ -128,7 +132,7 @@ class Taps:
             self._add_linear(projection, inputs, outputs)
             return
         geometry = (module.kernel_size, module.dilation, cast(Any, module.padding), module.stride)
-        size = max(1, TILE_ELEMENTS // (projection.in_features * gradient[0, 0].numel()))
+        size = _at_once(projection.in_features * gradient[0, 0].numel(), x)
         for images, outputs in zip(_parts(x, size), _parts(gradient, size), strict=True):
             patches = functional.unfold(images, *geometry)  # [B, I, P]
             self._add_linear(projection, patches.transpose(1, 2), outputs.flatten(2).transpose(1, 2))
@@ -146,7 +150,7 @@ class Taps:
         if left.shape[1] == 1:
             total.addmm_(left[:, 0].square().t(), right[:, 0].square())
             return
-        size = min(len(left), max(1, TILE_ELEMENTS // total.numel()))
+        size = min(len(left), _at_once(total.numel(), total))
         if self._buffer is None or self._buffer.numel() < size * total.numel() or self._buffer.device != total.device:
             self._buffer = total.new_empty(size * total.numel())
         tile = self._buffer[: size * total.numel()].view(size, *total.shape)
@@ -156,6 +160,11 @@ class Taps:
                 total.addcmul_(part[0], part[0])
             else:
                 total.add_(part.square_().sum(0))
+
+
+def _at_once(elements: int, like: Tensor) -> int:
+    """How many examples of so many elements each to treat together; an accelerator wants more at a time."""
+    return max(1, TILE_ELEMENTS * (1 if like.device.type == "cpu" else 64) // elements)
 
 
 def _parts(tensor: Tensor, size: int) -> Iterator[Tensor]:

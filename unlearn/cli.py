@@ -115,8 +115,8 @@ def _format(fields: list[str] | None, prompt: str | None, completion: str | None
     pairs = [entry.partition("=") for entry in fields or []]
     if any(not (name and equals and column) for name, equals, column in pairs):
         raise UsageError("expected --field FIELD=COLUMN, as in --field prompt=question, found another form")
-    unescape = (text.replace("\\n", "\n") if text else text for text in (prompt, completion))
-    return RecordFormat({name: column for name, _, column in pairs}, *unescape)
+    lines = [text.replace("\\n", "\n") if text else text for text in (prompt, completion)]
+    return RecordFormat({name: column for name, _, column in pairs}, lines[0], lines[1])
 
 
 def _display(name: str | None) -> Display:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +27,8 @@ from unlearn import cache, metrics
 from unlearn.runfolder import RunFolder, digest
 
 VERSION = "1"  # of the tables; part of every cache key
+IMAGE_BATCH = 64
+REPEAT_BATCH = 5  # records a batch in the second measurement of the noise floor: never the first one's batches
 Record = TokenRecord | ImageRecord
 Progress = Callable[[int, int], None]
 
@@ -68,7 +73,6 @@ class Measured:
     tables: dict[str, pd.DataFrame]
     engine: dict[str, Any]
     noise_floor: dict[str, float]
-    cached: bool = False
     attacks: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -91,105 +95,127 @@ def measure(
 
     Args:
         loaded: the model.
-        sets: record sets by name; empty ones are skipped.
+        sets: record sets by name, `records` among them; empty ones are skipped.
         settings: see `Settings`.
         progress: called with (records done, records in all) across sets.
     """
     sets = {name: records for name, records in sets.items() if records}
+    total, done = sum(map(len, sets.values())), 0
+    update = progress or (lambda done, total: None)
+    language = loaded.task == "causal_lm"
+    noise = 0.0
+    if language:
+        found = _cached(loaded, settings, "noise", sets["records"], lambda: {"noise": _noise(loaded, sets, settings)})
+        noise = float(found["noise"])
+    tables: dict[str, pd.DataFrame] = {}
+    counts = {"confirmed": 0, "disagreements": 0, "memory_splits": 0}
+    for name, records in sets.items():
+
+        def advance(n: int, _: int, base: int = done) -> None:
+            update(base + n, total)
+
+        confirmed = settings.confirm and name != "retain"
+        one = partial(_language if language else _images, loaded, records, settings, noise, confirmed, advance)
+        found = _cached(loaded, settings, "table", records, one, noise=noise, confirmed=confirmed)
+        frame = pd.DataFrame(found["columns"])
+        frame.insert(0, "record_id", [record.record_id for record in records])
+        frame["group"] = pd.Series([record.group for record in records], dtype=object)
+        tables[name] = frame
+        counts = {key: count + found[key] for key, count in counts.items()}
+        done += len(records)
+        update(done, total)
+    again = partial(_repeat, loaded, sets["records"], tables["records"], settings, noise)
+    floor = _cached(loaded, settings, "floor", sets["records"], again, noise=noise)
+    engine = _engine(settings, [record for records in sets.values() for record in records], loaded)
+    if language:
+        sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+        engine |= {"sampling": sampling, "logit_noise": noise} | counts
+    return Measured(loaded.task, loaded.tensor_digest, tables, engine, floor)
+
+
+def _cached(
+    loaded: Loaded,
+    settings: Settings,
+    kind: str,
+    records: Sequence[Record],
+    compute: Callable[[], dict[str, Any]],
+    **parts: Any,
+) -> dict[str, Any]:
+    """The result of `compute`, from the store where it was computed before under the same conditions."""
     key = cache.key_of(
-        kind="measurement",
+        kind=f"measurement.{kind}",
         version=VERSION,
         tensors=loaded.tensor_digest,
         tokenizer=loaded.tokenizer_digest,
         task=loaded.task,
         settings=settings.as_dict(),
-        data={name: records_digest(records) for name, records in sets.items()},
+        data=records_digest(records),
+        **parts,
     )
     hit = cache.lookup(key, ".json")
     if hit is not None:
-        stored = json.loads(hit.read_text())
-        tables = {name: pd.DataFrame(columns) for name, columns in stored["tables"].items()}
-        measured = Measured(loaded.task, loaded.tensor_digest, tables, stored["engine"], stored["noise_floor"], True)
-    else:
-        run = _language if loaded.task == "causal_lm" else _images
-        measured = run(loaded, sets, settings, progress or (lambda done, total: None))
-    for name, records in sets.items():
-        frame = measured.tables[name].drop(columns=["record_id", "group"], errors="ignore")
-        frame.insert(0, "record_id", [record.record_id for record in records])
-        frame["group"] = pd.Series([record.group for record in records], dtype=object)
-        measured.tables[name] = frame
-    if hit is None:
-        _store(key, measured)
-    return measured
-
-
-def _store(key: str, measured: Measured) -> None:
-    import tempfile
-    from pathlib import Path
-
-    content = {
-        "tables": {
-            name: frame.drop(columns=["record_id", "group"]).to_dict(orient="list")
-            for name, frame in measured.tables.items()
-        },
-        "engine": measured.engine,
-        "noise_floor": measured.noise_floor,
-    }
+        stored: dict[str, Any] = json.loads(hit.read_text())
+        return stored
+    result = compute()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measurement.json"
-        path.write_text(json.dumps(content))  # infinities as Python writes them: the store is read by us alone
+        path.write_text(json.dumps(result))  # infinities as Python writes them: the store is read by us alone
         cache.store(key, path)
+    return result
 
 
-def _language(loaded: Loaded, sets: dict[str, list[Record]], settings: Settings, progress: Progress) -> Measured:
-    token_sets = cast("dict[str, list[TokenRecord]]", sets)
-    scheme = likelihood.SamplingScheme(settings.temperature, settings.top_k, settings.top_p)
-    everything = [record for records in token_sets.values() for record in records]
-    tokens, size = settings.batch_tokens, settings.batch_size
-    noise = likelihood.logit_noise(
-        loaded.model, everything, model_map=loaded.model_map, batch_tokens=tokens, batch_size=size
+def _noise(loaded: Loaded, sets: dict[str, list[Record]], settings: Settings) -> float:
+    return likelihood.logit_noise(
+        loaded.model,
+        cast("list[TokenRecord]", sets["records"]),
+        model_map=loaded.model_map,
+        batch_tokens=settings.batch_tokens,
+        batch_size=settings.batch_size,
     )
-    tables, splits, generated, disagreements, done = {}, 0, 0, 0, 0
-    for name, records in token_sets.items():
-        table = likelihood.score(
-            loaded.model,
-            records,
-            model_map=loaded.model_map,
-            scheme=scheme,
-            progress=lambda n, _, base=done: progress(base + n, len(everything)),  # type: ignore[misc]
-            batch_tokens=tokens,
-            batch_size=size,
-        )
-        done += len(records)
-        splits += table.splits
-        frame = figures.record_figures(table, noise=noise)
-        if settings.confirm and name != "retain":
-            frame, confirmation = confirm(loaded.model, records, frame)
-            generated += confirmation.generated
-            disagreements += confirmation.disagreements
-        else:
-            frame = frame.assign(emitted=frame["greedy"] == "extracted")
-        tables[name] = frame
-    floor = _language_noise(loaded, token_sets["records"], tables["records"], settings, scheme, noise)
-    engine = _engine(settings, everything, loaded) | {
-        "sampling": {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p},
-        "logit_noise": noise,
-        "confirmed": generated,
-        "disagreements": disagreements,
-        "memory_splits": splits,
-    }
-    return Measured(loaded.task, loaded.tensor_digest, tables, engine, floor)
+
+
+def _scheme(settings: Settings) -> likelihood.SamplingScheme:
+    return likelihood.SamplingScheme(settings.temperature, settings.top_k, settings.top_p)
+
+
+def _columns(frame: pd.DataFrame) -> dict[str, list[Any]]:
+    return {str(name): frame[name].tolist() for name in frame.columns if name != "record_id"}
+
+
+def _language(
+    loaded: Loaded, records: list[Record], settings: Settings, noise: float, confirmed: bool, progress: Progress
+) -> dict[str, Any]:
+    tokens = cast("list[TokenRecord]", records)
+    table = likelihood.score(
+        loaded.model,
+        tokens,
+        model_map=loaded.model_map,
+        scheme=_scheme(settings),
+        progress=progress,
+        batch_tokens=settings.batch_tokens,
+        batch_size=settings.batch_size,
+    )
+    frame = figures.record_figures(table, noise=noise)
+    counts = {"confirmed": 0, "disagreements": 0, "memory_splits": table.splits}
+    if confirmed:
+        frame, summary = confirm(loaded.model, tokens, frame)
+        counts |= {"confirmed": summary.generated, "disagreements": summary.disagreements}
+    else:
+        frame = frame.assign(emitted=frame["greedy"] == "extracted")
+    return {"columns": _columns(frame)} | counts
 
 
 def _engine(settings: Settings, records: Sequence[Record], loaded: Loaded) -> dict[str, Any]:
     device = next(loaded.model.parameters()).device
-    tokens = settings.batch_tokens or likelihood.default_batch_tokens(device)
+    tokens, size = settings.batch_tokens or likelihood.default_batch_tokens(device), settings.batch_size
+    if loaded.task == "image_classification":
+        size = size or IMAGE_BATCH
     return {
         "dtype": settings.dtype,
         "device": device.type,
         "seed": settings.seed,
-        "batch_size": settings.batch_size,
-        "batch_tokens": None if settings.batch_size else tokens,
+        "batch_size": size,
+        "batch_tokens": None if size else tokens,
         "records": len(records),
     }
 
@@ -211,42 +237,33 @@ def _sample(n: int, settings: Settings) -> list[int]:
     return [int(i) for i in (order if settings.noise_records is None else order[: settings.noise_records])]
 
 
-def _language_noise(
-    loaded: Loaded,
-    records: list[TokenRecord],
-    first: pd.DataFrame,
-    settings: Settings,
-    scheme: likelihood.SamplingScheme,
-    noise: float,
-) -> dict[str, float]:
+def _repeat(
+    loaded: Loaded, records: list[Record], first: pd.DataFrame, settings: Settings, noise: float
+) -> dict[str, Any]:
+    """The A/A noise floor: some records measured again in other batches, largest difference per figure."""
     rows = _sample(len(records), settings)
     again = [records[i] for i in rows]
-    table = likelihood.score(loaded.model, again, model_map=loaded.model_map, scheme=scheme, batch_size=5)
-    columns = [c for c in figures.COLUMNS if c not in ("record_id", "n_tokens", "greedy", "n_for_p50", "n_for_p90")]
-    second = figures.record_figures(table, noise=noise)
-    floor = _spread(first.iloc[rows].reset_index(drop=True), second, columns)
-    return floor | {"records": float(len(rows))}
+    if loaded.task == "causal_lm":
+        tokens = cast("list[TokenRecord]", again)
+        options = {"model_map": loaded.model_map, "scheme": _scheme(settings), "batch_size": REPEAT_BATCH}
+        table = likelihood.score(loaded.model, tokens, **options)  # type: ignore[arg-type]
+        second = figures.record_figures(table, noise=noise)
+        columns = [c for c in figures.COLUMNS if c not in ("record_id", "n_tokens", "greedy", "n_for_p50", "n_for_p90")]
+    else:
+        images = cast("list[ImageRecord]", again)
+        second = classify.score_images(loaded.model, images, batch_size=REPEAT_BATCH)
+        columns = ["label_probability", "loss", "margin", "entropy"]
+    spread = _spread(first.iloc[rows].reset_index(drop=True), second, columns)
+    return spread | {"records": float(len(rows))}
 
 
-def _images(loaded: Loaded, sets: dict[str, list[Record]], settings: Settings, progress: Progress) -> Measured:
-    image_sets = cast("dict[str, list[ImageRecord]]", sets)
-    size = settings.batch_size or 64
-    total, done, tables = sum(map(len, image_sets.values())), 0, {}
-    for name, records in image_sets.items():
-        tables[name] = classify.score_images(
-            loaded.model,
-            records,
-            batch_size=size,
-            progress=lambda n, _, base=done: progress(base + n, total),  # type: ignore[misc]
-        )
-        done += len(records)
-    rows = _sample(len(image_sets["records"]), settings)
-    second = classify.score_images(loaded.model, [image_sets["records"][i] for i in rows], batch_size=5)
-    columns = ["label_probability", "loss", "margin", "entropy"]
-    floor = _spread(tables["records"].iloc[rows].reset_index(drop=True), second, columns)
-    everything = [record for records in sets.values() for record in records]
-    engine = _engine(settings, everything, loaded) | {"batch_size": size, "batch_tokens": None}
-    return Measured(loaded.task, loaded.tensor_digest, tables, engine, floor | {"records": float(len(rows))})
+def _images(
+    loaded: Loaded, records: list[Record], settings: Settings, noise: float, confirmed: bool, progress: Progress
+) -> dict[str, Any]:
+    images = cast("list[ImageRecord]", records)
+    size = settings.batch_size or IMAGE_BATCH
+    frame = classify.score_images(loaded.model, images, batch_size=size, progress=progress)
+    return {"columns": _columns(frame), "confirmed": 0, "disagreements": 0, "memory_splits": 0}
 
 
 def write(run: RunFolder, folder: str, measured: Measured, pseudonym: Callable[[str], str]) -> None:
