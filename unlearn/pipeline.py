@@ -116,10 +116,10 @@ class Pipeline:
             return "digests, record files, criteria sealed" if name == "inputs" else ""
         sizes = ", ".join(f"{sets[role]['n']} {role}" for role in ROLES if sets[role]["n"])
         return {
-            "before": f"checkpoint as given: {sizes}",
+            "before": f"as given: {sizes}",
             "reference": "a checkpoint that never held the records",
             "edit": f"{self.job.method['name']} on a copy" if self.job.method else "",
-            "after": f"edited copy: {sizes}",
+            "after": f"edited: {sizes}",
             "compare": "criteria, residuals, claim level",
             "report": "report.json, report.html, report.md",
         }.get(name, "")

@@ -14,23 +14,27 @@ SHOWN = {
 }
 NAMES = {
     "extraction.greedy": "emitted verbatim",
-    "probability": "probability per token",
+    "probability": "token probability",
     "extraction_strength": "extraction strength",
     "loss": "loss (nats)",
     "correct": "predicted as labelled",
-    "label_probability": "probability of label",
+    "label_probability": "label probability",
 }
+
+
+def _number(value: float) -> str:
+    """Two digits that matter: four columns with intervals have to fit 80 characters; the report has the rest."""
+    if abs(value) < 0.995:
+        return f"{value:.2f}".replace("0.", ".", 1)
+    return f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}"
 
 
 def _cell(figure: dict[str, Any] | None) -> str:
     if figure is None or figure.get("value") is None:
         return "-"
-    value, low, high = figure["value"], figure["ci_low"], figure["ci_high"]
-    if figure["unit"] == "share" and figure["n"] and low is not None:
-        return f"{value:.2f} [{low:.2f},{high:.2f}]"
-    if low is None or high is None:
-        return f"{value:.3f}"
-    return f"{value:.2f} [{low:.2f},{high:.2f}]"
+    low, high = figure["ci_low"], figure["ci_high"]
+    interval = "" if low is None or high is None else f" [{_number(low)},{_number(high)}]"
+    return _number(figure["value"]) + interval
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -68,11 +72,10 @@ def summary(run: Run) -> str:
     ]
     if paired["utility"]:
         rows = [
-            (name.removeprefix("retain."), _cell(row["before"]), _cell(row["after"]), _cell(row["difference"]))
-            for name, row in paired["utility"].items()
-            if name.removeprefix("retain.") in SHOWN[task]
+            (NAMES[name], *(_cell(paired["utility"][f"retain.{name}"][key]) for key in ("before", "after", "difference")))
+            for name in SHOWN[task]
         ]
-        lines += ["", *_table(("retain set", "before", "after", "difference"), rows)]
+        lines += ["", *_table(("retained", "before", "after", "difference"), rows)]
     lines += [""]
     for row in decided["criteria"]:
         required = "" if row["required"] else " (not required)"

@@ -63,7 +63,7 @@ class PlainDisplay(Display):
         yield update
         elapsed = time.monotonic() - start
         rate = f", {count[0] / elapsed:.1f}/s" if count[0] and elapsed > 1 else ""
-        self._line(f"ok {name:<10} {detail:<58} {duration(elapsed)}{rate}".rstrip())
+        self._line(f"ok {name:<10} {detail:<48} {duration(elapsed)}{rate}".rstrip())
 
     def note(self, text: str) -> None:
         self._line(f"   {text}")
@@ -129,7 +129,7 @@ class RichDisplay(PlainDisplay):
                 bars.update(task, completed=done, total=total, rate=f"{done / elapsed:.1f}/s")
 
             yield update
-        self._line(f"ok {name:<10} {detail:<58} {duration(time.monotonic() - start)}")
+        self._line(f"ok {name:<10} {detail:<48} {duration(time.monotonic() - start)}")
 
 
 def make_display(name: str) -> Display:

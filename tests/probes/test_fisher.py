@@ -256,7 +256,7 @@ class _Odd(nn.Module):
         self.out = nn.Linear(6, 4)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.first(pixels.flatten(1)).tanh()
+        x = self.first(pixels.flatten(1)) * 2
         if self.how == "twice":
             x = self.odd(self.odd(x))
         elif self.how == "behind its back":
