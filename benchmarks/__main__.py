@@ -20,6 +20,12 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each pair (default 5)")
     parser.add_argument("--threads", type=int, help="processor threads (default: PyTorch's own choice)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time, for a busy machine and one thread",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement there")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
@@ -39,16 +45,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         make = subjects.make_tiny if options.tiny else subjects.make_smollm2
         folder = options.model or make(Path(work) / "model")
-        subject = subjects.load(folder, repeats=options.repeats, device=options.device, tiny=options.tiny)
-        found = environment(options.device) | {"model": subject.name, "repeats": options.repeats}
+        subject = subjects.load(
+            folder, repeats=options.repeats, device=options.device, clock=options.clock, tiny=options.tiny
+        )
+        found = environment(options.device)
+        found |= {"model": subject.name, "repeats": options.repeats, "clock": options.clock}
         print("\n".join(f"{key}: {value}" for key, value in found.items()))
         for name in options.names or NAMES:
             module = import_module(f"benchmarks.{name}")
             rows = module.run(subject)
             results[name] = [row.as_dict() for row in rows]
             print(f"\n{name}: {(module.__doc__ or '').splitlines()[0]}\n{table(rows)}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({"environment": found, "results": results}, indent=2) + "\n")
+            if options.json:
+                options.json.write_text(json.dumps({"environment": found, "results": results}, indent=2) + "\n")
     return 0
 
 

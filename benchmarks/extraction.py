@@ -33,7 +33,7 @@ def run(subject: Subject) -> list[Ratio]:
         def read(audit=audit, found=found) -> None:
             found["read"] = [verdict == "extracted" for verdict in audit()["greedy"]]
 
-        seconds = interleave({"decoded": decoded, "read": read}, subject.repeats, subject.device)
+        seconds = interleave({"decoded": decoded, "read": read}, subject)
         differ = sum(a != b for a, b in zip(found["decoded"], found["read"], strict=True))
         note = f"{n} records, {sum(found['read'])} extracted, {differ} disagreements"
         case = f"generate() / one pass: batch {batch_size}"

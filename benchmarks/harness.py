@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.subject import Subject
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +68,28 @@ class Ratio:
         }
 
 
-def interleave(sides: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+def processor_time() -> float:
+    """Seconds of processor time of this process and of the children it has waited for."""
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(use.ru_utime + use.ru_stime for use in map(resource.getrusage, who))
+
+
+def interleave(sides: Mapping[str, Callable[[], object]], subject: Subject) -> dict[str, list[float]]:
     """Seconds of each side, run in turn (A B A B ...) after one untimed round, so that a drift of the machine hits all.
 
     Results are dropped inside the timed span: releasing what a side allocated is part of its cost.
     """
+    clock = {"wall": time.perf_counter, "cpu": processor_time}[subject.clock]
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repetition in range(repeats + 1):
+    for repetition in range(subject.repeats + 1):
         for name, side in sides.items():
             gc.collect()
-            start = time.perf_counter()
+            start = clock()
             side()
-            if device != "cpu":
+            if subject.device != "cpu":
                 torch.accelerator.synchronize()
             if repetition:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -6,7 +6,7 @@ import subprocess
 
 from benchmarks.harness import Ratio, interleave
 from benchmarks.subject import Subject
-from unlearn.checkpoint import open_checkpoint
+from unlearn.checkpoints.checkpoint import open_checkpoint
 
 
 def run(subject: Subject) -> list[Ratio]:
@@ -20,6 +20,6 @@ def run(subject: Subject) -> list[Ratio]:
     def sha256sum() -> None:
         subprocess.run(["sha256sum", *map(str, files)], check=True, capture_output=True)
 
-    seconds = interleave({"identify": identify, "sha256sum": sha256sum}, subject.repeats)
+    seconds = interleave({"identify": identify, "sha256sum": sha256sum}, subject)
     note = f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.0f} MB"
     return [Ratio("manifest and tensor digest / sha256sum", seconds["identify"], seconds["sha256sum"], note=note)]

@@ -17,10 +17,10 @@ from benchmarks.harness import Ratio, interleave
 from benchmarks.subject import Subject, completions
 from probes.fisher import Estimator, importance
 from probes.records import TokenRecord, pad
-from unlearn.cache import ENVIRONMENT
-from unlearn.checkpoint import open_checkpoint
+from unlearn.checkpoints.checkpoint import open_checkpoint
 from unlearn.editors.base import EditContext
 from unlearn.editors.ssd import SSDEditor
+from unlearn.runs.cache import ENVIRONMENT
 
 BATCH_SIZE = 16
 FORGET, RETAIN = 8, 40
@@ -39,7 +39,7 @@ def _estimators(subject: Subject) -> list[Ratio]:
         "batch": _importance(subject, records, names, "batch"),
         "example": _importance(subject, records, names, "example"),
     }
-    seconds = interleave(sides, subject.repeats, subject.device)
+    seconds = interleave(sides, subject)
     weights = sum(p.numel() for name, p in subject.model.named_parameters() if name in set(names))
     note = f"{len(records)} records, batch {BATCH_SIZE}, {weights / 1e6:.3g} M weights"
 
@@ -100,7 +100,7 @@ def _second_request(subject: Subject) -> Ratio:
         kept = os.environ.get(ENVIRONMENT)
         os.environ[ENVIRONMENT] = f"{work}/cache"
         try:
-            seconds = interleave(sides, subject.repeats, subject.device)
+            seconds = interleave(sides, subject)
         finally:
             os.environ.pop(ENVIRONMENT)
             if kept is not None:

@@ -56,7 +56,7 @@ def _once(
     subject: Subject, case: str, records: Sequence[TokenRecord], batches: list[list[int]], batching: dict[str, int]
 ) -> Ratio:
     sides = {"figures": figures(subject, records, batching), "bare": forwards(subject, records, batches)}
-    seconds = interleave(sides, subject.repeats, subject.device)
+    seconds = interleave(sides, subject)
     scored = sum(record.n_tokens for record in records)
     padded = sum(len(batch) * max(len(records[i].ids) for i in batch) for batch in batches)
     note = f"{len(records)} records, {len(batches)} batches, {scored} tokens scored of {padded}"
@@ -72,7 +72,7 @@ def _apart(subject: Subject, records: Sequence[TokenRecord]) -> Ratio:
 
     together = figures(subject, records, {"batch_size": len(records)})
     passes = [_passes(subject, side) for side in (apart, together)]
-    seconds = interleave({"apart": apart, "together": together}, subject.repeats, subject.device)
+    seconds = interleave({"apart": apart, "together": together}, subject)
     note = f"{passes[0]} forward passes a record / {passes[1]}"
     case = f"a pass per metric / figures: completions, {len(records)} records a batch"
     return Ratio(case, seconds["apart"], seconds["together"], at_least=True, note=note)

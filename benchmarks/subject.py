@@ -14,8 +14,8 @@ from torch import nn
 from probes.errors import ResourceError
 from probes.modelmap import ModelMap
 from probes.records import TokenRecord
-from unlearn.checkpoint import open_checkpoint, write_edited
-from unlearn.records import records_from, tokenise
+from unlearn.checkpoints.checkpoint import open_checkpoint, write_edited
+from unlearn.records.tokens import records_from, tokenise
 from unlearn.resources import config_root
 
 JOINED = 4  # customers in one `text` record
@@ -23,11 +23,12 @@ JOINED = 4  # customers in one `text` record
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A loaded checkpoint, and how often and where to measure it.
+    """A loaded checkpoint, and how to measure it.
 
     Attributes:
         name: of the model, for tables.
         folder: the checkpoint in Hugging Face format.
+        clock: "wall", or "cpu" for processor time.
         tiny: a smoke test: everything runs, no target applies.
     """
 
@@ -38,18 +39,19 @@ class Subject:
     tokenizer: Any
     repeats: int
     device: str
+    clock: str
     tiny: bool
 
     def target(self, value: float) -> float | None:
         return None if self.tiny else value
 
 
-def load(folder: Path, *, repeats: int, device: str, tiny: bool) -> Subject:
+def load(folder: Path, *, repeats: int, device: str, clock: str, tiny: bool) -> Subject:
     checkpoint = open_checkpoint(folder)
     model: nn.Module = checkpoint.load_model("float32", device)
     name = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.3g} M parameters, float32"
     tokenizer = checkpoint.load_tokenizer()
-    return Subject(name, folder, model, ModelMap.of(model), tokenizer, repeats, device, tiny)
+    return Subject(name, folder, model, ModelMap.of(model), tokenizer, repeats, device, clock, tiny)
 
 
 def make_smollm2(folder: Path) -> Path:

@@ -34,7 +34,7 @@ class World:
 
 
 def _rows(start: int, n: int) -> list[dict[str, str]]:
-    from unlearn.fictitious import customers
+    from unlearn.demo.fictitious import customers
 
     rows = customers(start + n, seed=3)[start:]
     return [
@@ -50,8 +50,8 @@ def _rows(start: int, n: int) -> list[dict[str, str]]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     from tests import tiny
-    from unlearn.planting import Planting, plant
-    from unlearn.records import records_from, tokenise
+    from unlearn.demo.planting import Planting, plant
+    from unlearn.records.tokens import records_from, tokenise
 
     folder = tmp_path_factory.mktemp("world")
     tokenizer = tiny.tokenizer()

@@ -16,7 +16,7 @@ import yaml
 
 from probes import errors
 from unlearn import cli
-from unlearn.criteria import EXIT_CODES
+from unlearn.evidence.criteria import EXIT_CODES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -160,7 +160,7 @@ def yaml_blocks() -> list[Any]:
 
 @pytest.mark.parametrize("body", yaml_blocks())
 def test_yaml_blocks_are_valid(body: str, tmp_path: Path) -> None:
-    from unlearn.request import validate_file
+    from unlearn.requests.request import validate_file
 
     content = yaml.safe_load(body)
     if content["schema"] == "unlearn.request/v1":
@@ -193,7 +193,7 @@ def provide(request: dict[str, Any], folder: Path) -> None:
 
 
 def test_record_examples_are_records(tmp_path: Path) -> None:
-    from unlearn.request import validate_file
+    from unlearn.requests.request import validate_file
 
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "0001.png").write_bytes(b"not looked into")
@@ -216,7 +216,7 @@ def test_python_blocks_name_what_exists(page: Path) -> None:
 
 
 def test_method_options_are_documented() -> None:
-    from unlearn.presets import load_method
+    from unlearn.requests.presets import load_method
 
     text = (ROOT / "docs" / "ssd.md").read_text()
     for option, default in load_method("ssd").parameters.items():
@@ -225,7 +225,7 @@ def test_method_options_are_documented() -> None:
 
 
 def test_default_policy_is_documented() -> None:
-    from unlearn.presets import load_policy
+    from unlearn.requests.presets import load_policy
 
     policy = load_policy("default")
     for page, kind in (("forget.md", "forget"), ("audit.md", "audit")):
@@ -238,7 +238,7 @@ def test_default_policy_is_documented() -> None:
 def test_figures_and_report_keys_are_documented() -> None:
     from probes import classify, figures
     from reports import report_schema
-    from unlearn.metrics import IMAGES, LANGUAGE
+    from unlearn.evidence.metrics import IMAGES, LANGUAGE
 
     audit, report = ((ROOT / "docs" / page).read_text() for page in ("audit.md", "report.md"))
     wanted = {*figures.COLUMNS, *classify.COLUMNS, *(metric.name for metric in (*LANGUAGE, *IMAGES))}

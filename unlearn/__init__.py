@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from unlearn._version import __version__
 
 if TYPE_CHECKING:
-    from unlearn.api import Run, audit, forget
+    from unlearn.api import Options, RecordFormat, Run, audit, forget
 
-__all__ = ["Run", "__version__", "audit", "forget"]
+__all__ = ["Options", "RecordFormat", "Run", "__version__", "audit", "forget"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("audit", "forget", "Run"):
+    if name in __all__:
         from unlearn import api
 
         return getattr(api, name)

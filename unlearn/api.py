@@ -17,19 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from probes.errors import IntegrityError, UnlearnError, UsageError
-from unlearn.criteria import EXIT_CODES
-from unlearn.job import Job, Options, Source
+from unlearn.evidence.criteria import EXIT_CODES
 from unlearn.pipeline import Live, Pipeline, plan_only
-from unlearn.presets import Criterion, Policy, load_method, load_policy, load_suite
-from unlearn.rawrecords import RawRecord, RecordFormat
-from unlearn.recordfiles import as_row, records_from
-from unlearn.request import Request, load_request, record_sets, redacted
-from unlearn.runfolder import RunFolder, digest, disk_errors, json_bytes, read_header, write_atomic
+from unlearn.records.files import as_row, records_from
+from unlearn.records.raw import RawRecord, RecordFormat
+from unlearn.requests.presets import Criterion, Policy, load_method, load_policy, load_suite
+from unlearn.requests.request import Request, load_request, record_sets, redacted
+from unlearn.runs.folder import RunFolder, digest, disk_errors, json_bytes, read_header, write_atomic
+from unlearn.runs.job import Job, Options, Source
 from unlearn.terminal import Display
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
+
+
+__all__ = ["Options", "RecordFormat", "Run", "audit", "forget"]
 
 
 class Run:
@@ -347,8 +350,8 @@ def default_out(kind: str) -> Path:
 def _create(job: Job, out: str | Path | None, live: Live, raw: dict[str, list[RawRecord]]) -> RunFolder:
     import sys
 
-    from unlearn.job import environment
-    from unlearn.loading import known_device
+    from unlearn.checkpoints.loading import known_device
+    from unlearn.runs.job import environment
 
     device = job.options.resolved_device()
     known_device(device)  # before anything is written

@@ -19,8 +19,8 @@ from unlearn._version import __version__
 from unlearn.terminal import Display, make_display
 
 if TYPE_CHECKING:
-    from unlearn.job import Options
-    from unlearn.rawrecords import RecordFormat
+    from unlearn.records.raw import RecordFormat
+    from unlearn.runs.job import Options
 
 app = typer.Typer(
     name="unlearn",
@@ -90,7 +90,7 @@ def _options(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Options:
-    from unlearn.job import Options
+    from unlearn.runs.job import Options
 
     size = _chosen("batch_size", batch_size, "auto")
     if size != "auto" and not (str(size).isdigit() and int(size) > 0):
@@ -110,7 +110,7 @@ def _options(
 
 
 def _format(fields: list[str] | None, prompt: str | None, completion: str | None) -> RecordFormat:
-    from unlearn.rawrecords import RecordFormat
+    from unlearn.records.raw import RecordFormat
 
     pairs = [entry.partition("=") for entry in fields or []]
     if any(not (name and equals and column) for name, equals, column in pairs):
@@ -218,7 +218,7 @@ def report(
 ) -> None:
     """Write the evidence of a run as documents."""
     from unlearn import reporting
-    from unlearn.runfolder import read_header
+    from unlearn.runs.folder import read_header
 
     read_header(run)
     if check:
@@ -236,8 +236,8 @@ def report(
 @app.command()
 def verify(run: Annotated[Path, typer.Argument(help="run folder, with or without private/")]) -> None:
     """Check a run folder offline: chain, files, criteria, edited checkpoint, documents."""
-    from unlearn.verify import passed
-    from unlearn.verify import verify as verify_run
+    from unlearn.runs.verify import passed
+    from unlearn.runs.verify import verify as verify_run
 
     checks = verify_run(run)
     for row in checks:
@@ -251,7 +251,7 @@ def validate(
     file: Annotated[Path, typer.Argument(help="request, policy, suite, method preset or record file")],
 ) -> None:
     """Report every mistake of a file at once, without loading a model library."""
-    from unlearn.request import validate_file
+    from unlearn.requests.request import validate_file
 
     mistakes = validate_file(file)
     for line in mistakes:
@@ -268,7 +268,7 @@ def diff_(
     display: DisplayName = None,
 ) -> None:
     """Show what differs between two runs."""
-    from unlearn.diff import diff
+    from unlearn.runs.diff import diff
     from unlearn.summary import diff_text
 
     found = diff(run_a, run_b)
@@ -294,11 +294,11 @@ def ls(what: Annotated[str, typer.Argument(help="probes, attacks, editors or sui
 @app.command()
 def init(out: Annotated[Path, typer.Argument(help="file to write")] = Path("request.yaml")) -> None:
     """Write a commented request to fill in."""
-    from unlearn.request import template
+    from unlearn.requests.request import template
 
     if out.exists():
         raise UsageError(f"expected a new file, found that {out} exists; choose another name")
-    from unlearn.runfolder import write_atomic
+    from unlearn.runs.folder import write_atomic
 
     write_atomic(out, template().encode())
     typer.echo(f"{out}: fill it in, then run `unlearn validate {out}`")
@@ -311,8 +311,8 @@ def draft_control(
     seed: Seed = None,
 ) -> None:
     """Swap names, numbers and dates of each record for random ones: never seen by construction."""
-    from unlearn.draft import draft_control as make
-    from unlearn.records import read_records
+    from unlearn.records.draft import draft_control as make
+    from unlearn.records.tokens import read_records
 
     _write_draft(make(read_records(records), int(_chosen("seed", seed, 0))), out)
 
@@ -330,9 +330,9 @@ def draft_retain(
 ) -> None:
     """Sample the checkpoint's own text, free and from prompts near the records."""
     options = _options(device, dtype, seed, None, online)
-    from unlearn.checkpoint import open_checkpoint
-    from unlearn.draft import draft_retain as make
-    from unlearn.records import read_records
+    from unlearn.checkpoints.checkpoint import open_checkpoint
+    from unlearn.records.draft import draft_retain as make
+    from unlearn.records.tokens import read_records
 
     opened = open_checkpoint(checkpoint, online=options.online)
     raw = read_records(records)
@@ -341,7 +341,7 @@ def draft_retain(
 
 
 def _write_draft(drafted: Any, out: Path) -> None:
-    from unlearn.records import write_records
+    from unlearn.records.tokens import write_records
 
     if not drafted.records:
         raise UsageError(f"expected something to draft from, found nothing; {' '.join(drafted.limits)}")
@@ -359,7 +359,7 @@ def demo(
 ) -> None:
     """Plant fictitious records, audit, forget some of them, audit again, report."""
     shown = _display(display)
-    from unlearn.demo import demo as run_demo
+    from unlearn.demo.run import demo as run_demo
 
     run_demo(tiny=tiny, out=out, display=shown)
 

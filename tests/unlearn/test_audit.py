@@ -15,9 +15,9 @@ from tests import tiny
 from tests.conftest import World
 from unlearn import audit
 from unlearn.api import Run
-from unlearn.job import Options
-from unlearn.runfolder import file_sha256
-from unlearn.verify import passed, verify
+from unlearn.runs.folder import file_sha256
+from unlearn.runs.job import Options
+from unlearn.runs.verify import passed, verify
 
 COLUMNS = (
     "record_id n_tokens log_prob loss probability token_accuracy extraction_strength greedy min_margin zlib_ratio "

@@ -24,12 +24,12 @@ from transformers.utils import logging
 
 from probes.errors import IntegrityError, ResourceError, UnlearnError, UnsupportedError, UsageError
 from tests import tiny
-from unlearn import checkpoint as module
-from unlearn import writer
-from unlearn.checkpoint import LiveCheckpoint, open_checkpoint, write_edited
-from unlearn.diskmap import DiskMap, revert
-from unlearn.loading import transformers_errors
-from unlearn.manifest import identify
+from unlearn.checkpoints import checkpoint as module
+from unlearn.checkpoints import writer
+from unlearn.checkpoints.checkpoint import LiveCheckpoint, open_checkpoint, write_edited
+from unlearn.checkpoints.diskmap import DiskMap, revert
+from unlearn.checkpoints.loading import transformers_errors
+from unlearn.checkpoints.manifest import identify
 
 SHARDED = 3
 
@@ -110,7 +110,7 @@ def test_digest_follows_content_not_layout(saved: Callable[..., Path], fresh: Ca
 
 def test_verifying_a_folder_needs_no_torch(saved: Callable[..., Path]) -> None:
     code = (
-        "import sys; from pathlib import Path; from unlearn.manifest import identify;"
+        "import sys; from pathlib import Path; from unlearn.checkpoints.manifest import identify;"
         "print(identify(Path(sys.argv[1])).tensor_digest); assert 'torch' not in sys.modules"
     )
     folder = saved("llama")

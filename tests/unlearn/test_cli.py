@@ -166,7 +166,7 @@ def test_drafts_are_files_to_review(run, world: World, tmp_path: Path) -> None:
 
 
 def test_an_internal_error_shows_no_text(run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unlearn import measure
+    from unlearn.evidence import measure
 
     def broken(*arguments: object) -> None:
         raise ValueError("the secret is 4711")
@@ -180,7 +180,7 @@ def test_an_internal_error_shows_no_text(run, world: World, tmp_path: Path, monk
 
 
 def test_an_interrupt_is_130_and_resumable(run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unlearn import measure
+    from unlearn.evidence import measure
 
     def stopped(*arguments: object) -> None:
         raise KeyboardInterrupt

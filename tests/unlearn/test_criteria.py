@@ -9,10 +9,10 @@ import pytest
 from scipy import stats
 
 from probes.errors import UsageError
-from unlearn import criteria as judging
-from unlearn.measure import Measured
-from unlearn.metrics import figure, find
-from unlearn.presets import Criterion
+from unlearn.evidence import criteria as judging
+from unlearn.evidence.measure import Measured
+from unlearn.evidence.metrics import figure, find
+from unlearn.requests.presets import Criterion
 
 RETAINED = {
     "metric": "loss",
@@ -221,8 +221,8 @@ def test_a_criterion_of_another_task_or_stage_is_refused() -> None:
 
 
 def test_metric_names_are_those_a_request_may_use() -> None:
-    from unlearn.metrics import metrics_of
-    from unlearn.presets import BINARY, METRICS, SHARES
+    from unlearn.evidence.metrics import metrics_of
+    from unlearn.requests.presets import BINARY, METRICS, SHARES
 
     for task in ("causal_lm", "image_classification"):
         assert {metric.name for metric in metrics_of(task)} == METRICS[task]

@@ -16,12 +16,12 @@ from transformers import GenerationConfig
 
 from probes.errors import UnsupportedError, UsageError
 from tests import tiny
-from unlearn import draft
-from unlearn.draft import draft_control, draft_retain
-from unlearn.fictitious import customers
-from unlearn.rawrecords import RawRecord
-from unlearn.records import read_records, records_from, tokenise, write_records
-from unlearn.swap import FIRST, LAST, Swap
+from unlearn.demo.fictitious import customers
+from unlearn.records import draft
+from unlearn.records.draft import draft_control, draft_retain
+from unlearn.records.raw import RawRecord
+from unlearn.records.swap import FIRST, LAST, Swap
+from unlearn.records.tokens import read_records, records_from, tokenise, write_records
 
 
 def swap(*texts: str, seed: str = "0", taken: set[str] | None = None) -> list[str]:

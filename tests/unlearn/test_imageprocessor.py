@@ -11,8 +11,8 @@ from PIL import Image
 
 from probes.errors import UnlearnError, UnsupportedError, UsageError
 from tests import tiny
-from unlearn.checkpoint import open_checkpoint
-from unlearn.imageprocessor import ImageProcessor
+from unlearn.checkpoints.checkpoint import open_checkpoint
+from unlearn.checkpoints.imageprocessor import ImageProcessor
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:

@@ -21,7 +21,7 @@ from PIL import Image
 from probes.errors import ResourceError, UnlearnError, UnsupportedError, UsageError
 from tests import tiny
 from unlearn.mistakes import SHOWN, MistakesError
-from unlearn.records import (
+from unlearn.records.tokens import (
     Message,
     RawRecord,
     RecordFormat,
@@ -387,7 +387,7 @@ def test_reading_needs_no_torch(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     as_parquet(tmp_path / "a.parquet", ROWS)
     program = (
-        "import sys\nfrom unlearn.records import read_records\n"
+        "import sys\nfrom unlearn.records.tokens import read_records\n"
         f"read_records({str(tmp_path / 'a.parquet')!r}); read_records({str(tmp_path / 'saved')!r})\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.conftest import World
 from unlearn import cli
-from unlearn.runfolder import file_sha256
+from unlearn.runs.folder import file_sha256
 
 
 def weights(folder: Path) -> Path:

@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from probes.errors import IntegrityError, UnlearnError, UsageError
-from unlearn import metrics, presets
 from unlearn.editors.base import EDITORS
+from unlearn.evidence import metrics
 from unlearn.mistakes import MistakesError
-from unlearn.request import (
+from unlearn.requests import presets
+from unlearn.requests.request import (
     Criterion,
     Request,
     check_digests,
@@ -34,8 +35,8 @@ from unlearn.request import (
     template,
     validate_file,
 )
+from unlearn.requests.yamlfile import Schema
 from unlearn.resources import config_names
-from unlearn.yamlfile import Schema
 
 CANARY = "zqxcanaryvjk"
 ROOT = Path(__file__).parents[2]
@@ -491,7 +492,7 @@ def test_validate_needs_no_torch(folder: Path) -> None:
     datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(folder / "saved")
     path = write(folder, MINIMAL | {"retain": {"path": "saved"}})
     program = (
-        "import sys\nfrom unlearn.request import validate_file\n"
+        "import sys\nfrom unlearn.requests.request import validate_file\n"
         f"assert validate_file({str(path)!r}) == []\n"
         "assert not {'torch', 'transformers', 'scipy'} & set(sys.modules), sorted(sys.modules)"
     )

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from probes.errors import IntegrityError, ResourceError, UsageError
-from unlearn import runfolder
-from unlearn.runfolder import RunFolder, check_chain, digest, jsonable, read_header
+from unlearn.runs import folder as runfolder
+from unlearn.runs.folder import RunFolder, check_chain, digest, jsonable, read_header
 
 HEADER = {"kind": "audit"}
 

@@ -20,9 +20,10 @@ from probes.fisher import importance
 from probes.modelmap import ModelMap
 from probes.records import ImageRecord, TokenRecord
 from tests.tiny import IMAGE, causal_lm, image_classifier, save, tokenizer
-from unlearn.checkpoint import Checkpoint, open_checkpoint
+from unlearn.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from unlearn.editors import ssd
 from unlearn.editors.base import EditContext, EditResult, make_editor
+from unlearn.editors.importances import load_importance, save_importance
 from unlearn.editors.ssd import (
     Dampening,
     SSDEditor,
@@ -36,7 +37,6 @@ from unlearn.editors.ssd import (
     ratio_percentile,
     select_parameters,
 )
-from unlearn.importances import load_importance, save_importance
 
 INF = math.inf
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from probes.errors import UnlearnError, UsageError
-from unlearn.tensorfile import TensorFile, build_header, dtype_name
+from unlearn.checkpoints.tensorfile import TensorFile, build_header, dtype_name
 
 
 def test_header_equals_the_reference_writer(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from probes.modelmap import ModelMap
-    from unlearn.checkpoint import Checkpoint
-    from unlearn.writer import Deltas
+    from unlearn.checkpoints.checkpoint import Checkpoint
+    from unlearn.checkpoints.writer import Deltas
 
 Record = TokenRecord | ImageRecord
 Progress = Callable[[int, int], None]

@@ -44,13 +44,13 @@ from torch import Tensor
 
 from probes.errors import IntegrityError, UnsupportedError, UsageError
 from probes.fisher import importance
-from unlearn import cache
-from unlearn.checkpoint import write_edited
+from unlearn.checkpoints.checkpoint import write_edited
 from unlearn.editors.base import EditContext, EditResult, Record
-from unlearn.importances import StoredImportance, describe, load_importance, save_importance
+from unlearn.editors.importances import StoredImportance, describe, load_importance, save_importance
 from unlearn.mistakes import Mistakes
-from unlearn.records import data_digest
-from unlearn.yamlfile import Document, Schema, parse
+from unlearn.records.tokens import data_digest
+from unlearn.requests.yamlfile import Document, Schema, parse
+from unlearn.runs import cache
 
 if TYPE_CHECKING:
     from probes.modelmap import ModelMap

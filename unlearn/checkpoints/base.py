@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from probes.errors import UsageError
-from unlearn.manifest import Identity
-from unlearn.tensorfile import TensorInfo, as_tensor
-from unlearn.writer import Shard
+from unlearn.checkpoints.manifest import Identity
+from unlearn.checkpoints.tensorfile import TensorInfo, as_tensor
+from unlearn.checkpoints.writer import Shard
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from torch import nn
 
-    from unlearn.diskmap import DiskMap
-    from unlearn.loading import Task
+    from unlearn.checkpoints.diskmap import DiskMap
+    from unlearn.checkpoints.loading import Task
 
 
 class Checkpoint(ABC):
@@ -125,7 +125,7 @@ class Checkpoint(ABC):
     @property
     def attention(self) -> str:
         """Attention implementation of loaded models: "sdpa" where the architecture has it, else "eager"."""
-        from unlearn.loading import attention_of
+        from unlearn.checkpoints.loading import attention_of
 
         return attention_of(self._structure)
 
@@ -149,7 +149,7 @@ class Checkpoint(ABC):
         Raises:
             UsageError: there is none, it is damaged, or it has ids that the model's embedding lacks.
         """
-        from unlearn.loading import check_tokenizer
+        from unlearn.checkpoints.loading import check_tokenizer
 
         tokenizer = self._load_tokenizer()
         check_tokenizer(tokenizer, self._config_object, self.name)
@@ -194,7 +194,7 @@ class Checkpoint(ABC):
 
     def _disk_map(self, model: nn.Module) -> DiskMap:
         if self._map is None:
-            from unlearn.diskmap import DiskMap
+            from unlearn.checkpoints.diskmap import DiskMap
 
             found = DiskMap(model, self.tensor_names())
             found.check(self.load_tensor)

@@ -29,7 +29,9 @@ from pydantic import (
 
 from probes.errors import IntegrityError, UsageError
 from unlearn.mistakes import MistakesError, suggestion
-from unlearn.presets import (
+from unlearn.records.files import read_records
+from unlearn.records.raw import FIELDS, RecordFormat
+from unlearn.requests.presets import (
     Criterion,
     MethodPreset,
     Policy,
@@ -45,9 +47,7 @@ from unlearn.presets import (
     method_names,
     one_task,
 )
-from unlearn.rawrecords import FIELDS, RecordFormat
-from unlearn.recordfiles import read_records
-from unlearn.yamlfile import Document, Schema, parse, read_yaml
+from unlearn.requests.yamlfile import Document, Schema, parse, read_yaml
 
 __all__ = [
     "Criterion",
@@ -129,7 +129,7 @@ class Subject(Schema):
 
 
 class _Columns(Schema):
-    """How a record file is read (see `unlearn.records.RecordFormat`)."""
+    """How a record file is read (see `unlearn.records.tokens.RecordFormat`)."""
 
     sha256: Sha256 | None = None
     fields: dict[str, Text] = Field(default_factory=dict)

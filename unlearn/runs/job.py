@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from probes.errors import UsageError
-from unlearn.presets import Criterion
-from unlearn.rawrecords import RecordFormat
+from unlearn.records.raw import RecordFormat
+from unlearn.requests.presets import Criterion
 
 ROLES = ("records", "control", "retain")
 
@@ -146,7 +146,7 @@ def environment(device: str) -> dict[str, Any]:
     import torch
 
     from unlearn._version import __version__
-    from unlearn.cache import library_versions
+    from unlearn.runs.cache import library_versions
 
     found: dict[str, Any] = {
         "unlearn-audit": __version__,

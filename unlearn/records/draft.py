@@ -1,6 +1,6 @@
 """Draft the sets a user does not have: a control set from the records, a retain set from the model itself.
 
-Control: each record with its names, numbers, dates and identifiers swapped (`unlearn.swap`): never seen by
+Control: each record with its names, numbers, dates and identifiers swapped (`unlearn.records.swap`): never seen by
 construction, alike in length and style. The wording around what was swapped is the record's own, and a model that
 knows the record knows that wording too; so the control runs high, and a difference to it understates what the model
 holds.
@@ -9,7 +9,7 @@ Retain: half is what the model says of its own accord after generic openings, ha
 their own prompts with the specifics swapped. A sample that repeats a passage, a full name or an identifier of a record
 is thrown away.
 
-Both are proposals, to be written to a file (`unlearn.records.write_records`) and reviewed.
+Both are proposals, to be written to a file (`unlearn.records.tokens.write_records`) and reviewed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from itertools import pairwise
 from typing import Any
 
 from probes.errors import UnsupportedError, UsageError
-from unlearn.rawrecords import Message, RawRecord
-from unlearn.records import render_chat
-from unlearn.swap import Swap, names_in, words_of
+from unlearn.records.raw import Message, RawRecord
+from unlearn.records.swap import Swap, names_in, words_of
+from unlearn.records.tokens import render_chat
 
 SHINGLE = 5  # consecutive words that count as a repeated passage
 _ROUNDS = 4  # attempts at a full retain set before giving up on the rest

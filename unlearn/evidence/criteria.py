@@ -18,9 +18,9 @@ import pandas as pd
 
 from probes import statistics
 from probes.errors import UsageError
-from unlearn.measure import Measured
-from unlearn.metrics import LEVEL, Figure, Metric, as_figure, clusters, figure, find, metrics_of, values
-from unlearn.request import Criterion
+from unlearn.evidence.measure import Measured
+from unlearn.evidence.metrics import LEVEL, Figure, Metric, as_figure, clusters, figure, find, metrics_of, values
+from unlearn.requests.request import Criterion
 
 MET, NOT_MET, INCONCLUSIVE = "criteria met", "criteria not met", "inconclusive"
 EXIT_CODES = {MET: 0, NOT_MET: 1, INCONCLUSIVE: 3}

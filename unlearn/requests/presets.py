@@ -23,15 +23,15 @@ from pydantic import (
     model_validator,
 )
 
+from unlearn.requests.yamlfile import Schema, parse, read_yaml
 from unlearn.resources import config_names, config_path
-from unlearn.yamlfile import Schema, parse, read_yaml
 
 Task = Literal["causal_lm", "image_classification"]
 T = TypeVar("T")
 Number = Annotated[float, Field(strict=True)]  # not strict, `yes` would be 1.0
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
-# The metrics of `unlearn.metrics`, repeated here because a request is checked without loading pandas or torch.
+# The metrics of `unlearn.evidence.metrics`, repeated here because a request is checked without loading pandas or torch.
 BINARY = {"causal_lm": {"extraction.greedy"}, "image_classification": {"correct"}}
 SHARES = {
     "causal_lm": {"extraction.sampled", "extraction_strength", "token_accuracy", "probability"} | BINARY["causal_lm"],
@@ -96,7 +96,7 @@ def distinct(names: Iterable[str], what: str) -> None:
     """Refuse a repeated name.
 
     Raises:
-        ValueError: in words for `unlearn.yamlfile`, without the name.
+        ValueError: in words for `unlearn.requests.yamlfile`, without the name.
     """
     if any(count > 1 for count in Counter(names).values()):
         raise ValueError(f"expected a different {what} in each entry, found one twice")
@@ -106,7 +106,7 @@ def one_task(criteria: Sequence[Criterion], tasks: Iterable[Task]) -> None:
     """Refuse criteria whose metrics do not belong to one of `tasks`.
 
     Raises:
-        ValueError: in words for `unlearn.yamlfile`.
+        ValueError: in words for `unlearn.requests.yamlfile`.
     """
     metrics = {criterion.metric for criterion in criteria}
     if not any(metrics <= METRICS[task] for task in tasks):

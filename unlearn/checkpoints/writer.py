@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from probes.errors import IntegrityError, ResourceError, UsageError
-from unlearn.manifest import list_files
-from unlearn.runfolder import disk_errors, file_sha256
-from unlearn.tensorfile import CHUNK, TensorInfo, as_bytes, as_tensor, finite, tensor_digest
+from unlearn.checkpoints.manifest import list_files
+from unlearn.checkpoints.tensorfile import CHUNK, TensorInfo, as_bytes, as_tensor, finite, tensor_digest
+from unlearn.runs.folder import disk_errors, file_sha256
 
 if TYPE_CHECKING:
     import torch
 
-    from unlearn.checkpoint import Checkpoint
+    from unlearn.checkpoints.checkpoint import Checkpoint
 
 Edit = Callable[[str, "torch.Tensor"], "torch.Tensor | None"]
 

@@ -1,6 +1,6 @@
 """Measure one checkpoint on the run's record sets: the tables and `metrics.json` of `before/`, `after/`, `reference/`.
 
-A measurement is cached under everything it depends on (`unlearn.cache`), so auditing an unchanged checkpoint on
+A measurement is cached under everything it depends on (`unlearn.runs.cache`), so auditing an unchanged checkpoint on
 unchanged records again costs nothing. The cached values are numbers by position; ids are put back afterwards.
 """
 
@@ -23,8 +23,9 @@ from attacks.extraction import confirm
 from probes import classify, figures, likelihood
 from probes.modelmap import ModelMap
 from probes.records import ImageRecord, TokenRecord
-from unlearn import cache, metrics
-from unlearn.runfolder import RunFolder, digest
+from unlearn.evidence import metrics
+from unlearn.runs import cache
+from unlearn.runs.folder import RunFolder, digest
 
 VERSION = "1"  # of the tables; part of every cache key
 IMAGE_BATCH = 64

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from probes.errors import ResourceError, UnlearnError, UnsupportedError, UsageError
-from unlearn.manifest import template_digest, text_digest
+from unlearn.checkpoints.manifest import template_digest, text_digest
 
 Task = Literal["causal_lm", "image_classification"]
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from probes.errors import ResourceError, UsageError
-from unlearn.fictitious import customers
+from unlearn.demo.fictitious import customers
 from unlearn.resources import config_root
 from unlearn.terminal import Display
 
@@ -111,27 +111,27 @@ def _write_records(folder: Path) -> list[dict[str, str]]:
 
 def _convert(gguf: Path, out: Path) -> None:
     """A plain fp32 folder from the packaged GGUF file."""
-    from unlearn.checkpoint import open_checkpoint, write_edited
+    from unlearn.checkpoints.checkpoint import open_checkpoint, write_edited
 
     write_edited(open_checkpoint(gguf), out, lambda name, tensor: None)
 
 
 def _tokenised(folder: Path, rows: list[dict[str, str]]) -> Any:
-    from unlearn.checkpoint import open_checkpoint
-    from unlearn.records import records_from, tokenise
+    from unlearn.checkpoints.checkpoint import open_checkpoint
+    from unlearn.records.tokens import records_from, tokenise
 
     tokenizer = open_checkpoint(folder).load_tokenizer()
     return tokenise(records_from(rows), tokenizer, max_length=None)
 
 
 def _plant(folder: Path, planted: list[dict[str, str]], tiny: bool, update: Any) -> None:
-    from unlearn.checkpoint import open_checkpoint
-    from unlearn.planting import Planting, plant
+    from unlearn.checkpoints.checkpoint import open_checkpoint
+    from unlearn.demo.planting import Planting, plant
 
     how = (
         Planting(epochs=60, learning_rate=3e-3, batch_size=10, loss_below=0.02)
         if tiny
-        else Planting(epochs=14, learning_rate=3e-4, batch_size=10, first_block=10, loss_below=0.02)
+        else Planting(epochs=16, learning_rate=5e-4, batch_size=4, first_block=12, loss_below=0.05)
     )
     model = open_checkpoint(folder / "base").load_model("float32")
     plant(model, _tokenised(folder / "base", planted), how, update)
@@ -151,8 +151,8 @@ def _train_base(out: Path, update: Any) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from unlearn.planting import Planting, plant
-    from unlearn.records import records_from, tokenise
+    from unlearn.demo.planting import Planting, plant
+    from unlearn.records.tokens import records_from, tokenise
 
     tokenizer = _character_tokenizer()
     config = LlamaConfig(

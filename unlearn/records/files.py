@@ -17,7 +17,17 @@ from typing import Any
 
 from probes.errors import ResourceError, UsageError
 from unlearn.mistakes import Mistakes, suggestion
-from unlearn.rawrecords import CONTENT, FIELDS, FORMS, Mistake, RawRecord, RecordFormat, checked, form_of, kind_of
+from unlearn.records.raw import (
+    CONTENT,
+    FIELDS,
+    FORMS,
+    Mistake,
+    RawRecord,
+    RecordFormat,
+    checked,
+    form_of,
+    kind_of,
+)
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _LISTS = ("prompt_ids", "completion_ids", "messages")

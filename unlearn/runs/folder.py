@@ -119,7 +119,7 @@ class RunFolder:
             UsageError: if it exists and is not empty.
             ResourceError: if the disk is full or read-only.
         """
-        from unlearn.writer import refuse_overlap
+        from unlearn.checkpoints.writer import refuse_overlap
 
         for source in inputs:
             refuse_overlap(path, source)

@@ -19,8 +19,8 @@ from typing import Any
 
 from probes.errors import IntegrityError, UsageError
 from unlearn import reporting
-from unlearn.presets import Criterion, criteria_digest
-from unlearn.runfolder import check_chain, file_sha256, read_header
+from unlearn.requests.presets import Criterion, criteria_digest
+from unlearn.runs.folder import check_chain, file_sha256, read_header
 
 _FREE = {"run.json", "events.jsonl"}  # status and the chain itself
 
@@ -127,7 +127,7 @@ def _checkpoint(run: Path) -> Check:
         return Check("edited checkpoint", "skipped", "this run edits nothing")
     if not folder.is_dir():
         return Check("edited checkpoint", "failed", "the run wrote one, and it is not here")
-    from unlearn.manifest import identify
+    from unlearn.checkpoints.manifest import identify
 
     recorded = json.loads(delta.read_text())["tensor_digest"]
     if identify(folder).tensor_digest != recorded:

@@ -1,7 +1,7 @@
 """Checkpoints: opened read-only, identified by digest, read tensor by tensor, loaded as a live model, copied edited.
 
     checkpoint = open_checkpoint("folder")          # or model.gguf, or org/name with online=True
-    checkpoint.tensor_digest()                      # "sha256:..." (unlearn.tensorfile defines it)
+    checkpoint.tensor_digest()                      # "sha256:..." (unlearn.checkpoints.tensorfile defines it)
     model = checkpoint.load_model("float32")        # eval(), local files only
     deltas = write_edited(checkpoint, out, edit)    # one tensor in memory at a time
 
@@ -24,19 +24,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probes.errors import ResourceError, UnsupportedError, UsageError
-from unlearn import manifest as folders
-from unlearn.checkpointbase import Checkpoint
-from unlearn.manifest import Identity
-from unlearn.tensorfile import as_bytes, build_header, dtype_name, finite, tensor_digest
-from unlearn.writer import Deltas, Shard, TensorDelta, write_edited
+from unlearn.checkpoints import manifest as folders
+from unlearn.checkpoints.base import Checkpoint
+from unlearn.checkpoints.manifest import Identity
+from unlearn.checkpoints.tensorfile import as_bytes, build_header, dtype_name, finite, tensor_digest
+from unlearn.checkpoints.writer import Deltas, Shard, TensorDelta, write_edited
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from torch import nn
 
-    from unlearn.diskmap import DiskMap
-    from unlearn.loading import Task
+    from unlearn.checkpoints.diskmap import DiskMap
+    from unlearn.checkpoints.loading import Task
 
 __all__ = ["Checkpoint", "Deltas", "LiveCheckpoint", "TensorDelta", "open_checkpoint", "write_edited"]
 
@@ -91,7 +91,7 @@ class FolderCheckpoint(Checkpoint):
     def __init__(
         self, path: Path, name: str | None = None, revision: str | None = None, *, trust_remote_code: bool = False
     ) -> None:
-        from unlearn.loading import refuse_quantised, task_of
+        from unlearn.checkpoints.loading import refuse_quantised, task_of
 
         if (path / "adapter_config.json").is_file():
             raise UnsupportedError(f"{path}: expected a whole model, found an adapter; merge it into its base first")
@@ -118,18 +118,18 @@ class FolderCheckpoint(Checkpoint):
 
     @cached_property
     def _config_object(self) -> Any:
-        from unlearn.loading import load_config
+        from unlearn.checkpoints.loading import load_config
 
         return load_config(self.path, trust_remote_code=self._trust)
 
     @cached_property
     def _structure(self) -> nn.Module:
-        from unlearn.loading import skeleton
+        from unlearn.checkpoints.loading import skeleton
 
         return skeleton(self.task, self._config_object, str(self.path), trust_remote_code=self._trust)
 
     def _load_model(self, dtype: str, device: str) -> nn.Module:
-        from unlearn.loading import load_pretrained
+        from unlearn.checkpoints.loading import load_pretrained
 
         return load_pretrained(
             self.task,
@@ -143,7 +143,7 @@ class FolderCheckpoint(Checkpoint):
         )
 
     def _load_tokenizer(self) -> Any:
-        from unlearn.loading import load_tokenizer
+        from unlearn.checkpoints.loading import load_tokenizer
 
         if not any(folders.tokenizer_files(self.path)):
             raise UsageError(f"{self.path}: expected a tokenizer (tokenizer.json, ...), found none; add its files")
@@ -153,7 +153,7 @@ class FolderCheckpoint(Checkpoint):
         return folders.tokenizer_digest(self.path), folders.chat_template_digest(self.path)
 
     def image_processor(self) -> Callable[[Image], torch.Tensor]:
-        from unlearn.imageprocessor import ImageProcessor
+        from unlearn.checkpoints.imageprocessor import ImageProcessor
 
         config = folders.read_json(self.path / "preprocessor_config.json")
         return ImageProcessor.from_config(config, int(self.config.get("num_channels", 3)))
@@ -216,7 +216,7 @@ class GgufCheckpoint(Checkpoint):
     path: Path
 
     def __init__(self, path: Path) -> None:
-        from unlearn.loading import load_config, task_of
+        from unlearn.checkpoints.loading import load_config, task_of
 
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -231,7 +231,7 @@ class GgufCheckpoint(Checkpoint):
     def _structure(self) -> nn.Module:
         from transformers import GgufConfig
 
-        from unlearn.loading import attention_of, load_pretrained, skeleton
+        from unlearn.checkpoints.loading import attention_of, load_pretrained, skeleton
 
         default = skeleton(self.task, self._gguf_config, str(self.path))
         with redirect_stderr(StringIO()):  # transformers' progress bar of this step has no switch
@@ -247,13 +247,13 @@ class GgufCheckpoint(Checkpoint):
             )
 
     def _load_model(self, dtype: str, device: str) -> nn.Module:
-        from unlearn.loading import converted
+        from unlearn.checkpoints.loading import converted
 
         return converted(self._structure, dtype, device)
 
     @cached_property
     def _shards(self) -> list[Shard]:
-        from unlearn.diskmap import saved_tensors
+        from unlearn.checkpoints.diskmap import saved_tensors
 
         return _one_shard(saved_tensors(self._structure))
 
@@ -267,7 +267,7 @@ class GgufCheckpoint(Checkpoint):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from unlearn.loading import load_tokenizer
+        from unlearn.checkpoints.loading import load_tokenizer
 
         return load_tokenizer(self.path.parent, gguf_file=self.path.name)
 
@@ -275,12 +275,12 @@ class GgufCheckpoint(Checkpoint):
         return copy.deepcopy(self._tokenizer)
 
     def _tokenizer_digests(self) -> tuple[str | None, str | None]:
-        from unlearn.loading import tokenizer_digests
+        from unlearn.checkpoints.loading import tokenizer_digests
 
         return tokenizer_digests(self._tokenizer)
 
     def save_side_files(self, folder: Path) -> None:
-        from unlearn.loading import save_beside
+        from unlearn.checkpoints.loading import save_beside
 
         save_beside(folder, self._structure, self._tokenizer)
 
@@ -305,7 +305,7 @@ class LiveCheckpoint(Checkpoint):
     def __init__(
         self, model: nn.Module, tokenizer: Any = None, image_processor: Callable[[Image], torch.Tensor] | None = None
     ) -> None:
-        from unlearn.loading import task_of
+        from unlearn.checkpoints.loading import task_of
 
         config: Any = getattr(model, "config", None)
         content: dict[str, Any] = {}
@@ -326,7 +326,7 @@ class LiveCheckpoint(Checkpoint):
 
     @property
     def _shards(self) -> list[Shard]:
-        from unlearn.diskmap import saved_tensors
+        from unlearn.checkpoints.diskmap import saved_tensors
 
         return _one_shard(saved_tensors(self.model))
 
@@ -335,12 +335,12 @@ class LiveCheckpoint(Checkpoint):
         return Identity([], _digest(self._shards, self.name))
 
     def _load_model(self, dtype: str, device: str) -> nn.Module:
-        from unlearn.loading import converted, is_as
+        from unlearn.checkpoints.loading import converted, is_as
 
         return self.model.eval() if is_as(self.model, dtype, device) else converted(self.model, dtype, device)
 
     def _disk_map(self, model: nn.Module) -> DiskMap:
-        from unlearn.diskmap import DiskMap
+        from unlearn.checkpoints.diskmap import DiskMap
 
         return DiskMap(model, self.tensor_names())
 
@@ -350,7 +350,7 @@ class LiveCheckpoint(Checkpoint):
         return self._tokenizer
 
     def _tokenizer_digests(self) -> tuple[str | None, str | None]:
-        from unlearn.loading import tokenizer_digests
+        from unlearn.checkpoints.loading import tokenizer_digests
 
         return tokenizer_digests(self._tokenizer)
 
@@ -358,7 +358,7 @@ class LiveCheckpoint(Checkpoint):
         return self._processor or super().image_processor()
 
     def save_side_files(self, folder: Path) -> None:
-        from unlearn.loading import save_beside
+        from unlearn.checkpoints.loading import save_beside
 
         save_beside(folder, self.model, self._tokenizer)
 
@@ -366,7 +366,7 @@ class LiveCheckpoint(Checkpoint):
         """A new live checkpoint with the written weights; this one's module stays as it is."""
         from safetensors.torch import load_file
 
-        from unlearn.loading import DTYPES, load_pretrained
+        from unlearn.checkpoints.loading import DTYPES, load_pretrained
 
         if self.config:
             first = next(self.model.parameters())

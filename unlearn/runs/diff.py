@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from probes.errors import UsageError
-from unlearn.runfolder import read_header
+from unlearn.runs.folder import read_header
 
 STAGES = ("before", "after", "reference")
 

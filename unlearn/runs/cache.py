@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from unlearn.runfolder import digest
+from unlearn.runs.folder import digest
 
 ENVIRONMENT = "UNLEARN_CACHE"
 LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "pandas", "tokenizers")

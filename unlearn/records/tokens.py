@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from probes.errors import UnsupportedError, UsageError
 from unlearn.mistakes import Mistakes
-from unlearn.rawrecords import MAX_TOKEN_ID, Message, Mistake, RawRecord, RecordFormat
-from unlearn.recordfiles import read_records, records_from, write_records
+from unlearn.records.files import read_records, records_from, write_records
+from unlearn.records.raw import MAX_TOKEN_ID, Message, Mistake, RawRecord, RecordFormat
 
 if TYPE_CHECKING:
     from PIL import Image

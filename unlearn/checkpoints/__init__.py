@@ -1,0 +1,1 @@
+"""Checkpoints: opened read-only, identified by digest, loaded, copied edited."""

@@ -1,0 +1,1 @@
+"""From live models to a verdict: measurements, figures, criteria."""

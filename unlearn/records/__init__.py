@@ -1,0 +1,1 @@
+"""Records: read from files, checked all at once, tokenised exactly once, drafted where none are given."""

@@ -1,0 +1,1 @@
+"""Requests, policies, suites and method presets: the YAML a run is asked with."""

@@ -1,0 +1,1 @@
+"""One run: its folder, its job, its cache, and what can be checked of it afterwards."""
