@@ -415,7 +415,8 @@ def test_alpha_chosen_by_percentile(tmp_path: Path, store: Path) -> None:
 
 def test_alpha_at_the_bound_changes_no_byte_and_warns(tmp_path: Path, store: Path) -> None:
     source = save(causal_lm("llama"), tokenizer(), tmp_path / "source", shards=2)
-    result = run(open_checkpoint(source), tmp_path / "out", {"alpha": 3.0}, texts(3, 1), texts(6, 2))
+    options = {"alpha": 3.0, "importance_scale": "full"}
+    result = run(open_checkpoint(source), tmp_path / "out", options, texts(3, 1), texts(6, 2))
     assert result.statistics["selected"] == 0
     assert result.statistics["min_beta"] is None
     assert not result.deltas
@@ -427,7 +428,8 @@ def test_alpha_at_the_bound_changes_no_byte_and_warns(tmp_path: Path, store: Pat
 
 def test_forget_fraction_of_a_sampled_retain_set(tmp_path: Path, store: Path) -> None:
     checkpoint = open_checkpoint(save(causal_lm("llama"), None, tmp_path / "source"))
-    result = run(checkpoint, tmp_path / "out", {"alpha": 3.0, "forget_fraction": 0.01}, texts(3, 1), texts(6, 2))
+    options = {"alpha": 3.0, "forget_fraction": 0.01, "importance_scale": "full"}
+    result = run(checkpoint, tmp_path / "out", options, texts(3, 1), texts(6, 2))
     assert not result.warnings
     assert result.statistics["selected"] > 0
     assert result.statistics["min_beta"] >= 0.01 * (1 - 1e-6)

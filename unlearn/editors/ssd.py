@@ -97,7 +97,7 @@ class SSDParameters(Schema):
     alpha: Annotated[float | Literal["auto"], _number_or_auto(lambda x: x >= 0, "a number from 0")] = "auto"
     lambda_: Annotated[Number, Field(ge=0)] = Field(default=1.0, alias="lambda")
     floor: Annotated[Number, Field(ge=0, le=1)] = 0.0
-    importance_scale: Scale = "full"
+    importance_scale: Scale = "retain"
     forget_fraction: Annotated[
         float | Literal["auto"], _number_or_auto(lambda x: 0 < x <= 1, "a share above 0 and up to 1")
     ] = "auto"
