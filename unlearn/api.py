@@ -405,6 +405,8 @@ def _execute(run: RunFolder, job: Job, live: Live, display: Display | None) -> R
         stopped = isinstance(error, KeyboardInterrupt)
         with suppress(UnlearnError, OSError):  # the disk may be what failed; the first error is the one to report
             run.finish("interrupted" if stopped else "failed", 130 if stopped else None)
+        if not stopped and run.last_event("stage.done") is None:
+            run.discard()  # nothing was measured: a mistyped path should not use up the name of the output folder
         raise
     run.finish("done", EXIT_CODES[verdict])
     edited = None

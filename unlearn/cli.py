@@ -242,7 +242,9 @@ def verify(run: Annotated[Path, typer.Argument(help="run folder, with or without
     checks = verify_run(run)
     for row in checks:
         typer.echo(f"{row.status:<8} {row.name:<18} {row.detail}")
-    if not passed(checks):
+    sound = passed(checks)
+    typer.echo("the evidence verifies" if sound else "the evidence does not verify")
+    if not sound:
         raise typer.Exit(4)
 
 

@@ -190,7 +190,10 @@ class Pipeline:
                 raise IntegrityError(
                     f"expected the {role} file with the digest in the request, found another; was it changed?"
                 )
+        if job.kind == "forget":
+            self.editor()  # its parameters are checked before anything is measured
         for role, raw in self._read_sources().items():
+            self._tokenise(role, raw)  # here a mistake still names the user's own file and line
             self._keep(role, raw)
         run.event("criteria.sealed", digest=criteria_digest(criteria), policy=job.policy)
         run.write_json(
@@ -298,7 +301,10 @@ class Pipeline:
     def _tokenised(self, role: str) -> list[Record]:
         if role in self.live.records:
             return list(self.live.records[role])
-        checkpoint, raw = self.checkpoint("checkpoint"), self._raw(role)
+        return self._tokenise(role, self._raw(role))
+
+    def _tokenise(self, role: str, raw: list[RawRecord]) -> list[Record]:
+        checkpoint = self.checkpoint("checkpoint")
         if checkpoint.task == "image_classification":
             if any(record.form != "image" for record in raw):
                 raise UsageError(f"expected image + label in {role} for an image classifier, found text records")
@@ -401,11 +407,20 @@ class Pipeline:
             "paper": editor.paper,
             "parameters": result.parameters,
         }
+        changed = sum(delta.changed for delta in result.deltas)
+        if not changed and not result.warnings:
+            result.warnings.append("The edit changed no weight: the copy is the original.")
+        # How a statistic was come by (computed or reused) is history, not evidence: it goes to the event log, so that
+        # the same inputs give the same plan and report whether or not an earlier run had filled the cache.
+        self.run.event("importances", **{name: note.get("reused") for name, note in result.importances.items()})
         plan = {
             "method": method,
             "warnings": result.warnings,
             "tensors": [delta.name for delta in result.deltas],
-            "importances": result.importances,
+            "importances": {
+                name: {key: value for key, value in note.items() if key not in ("reused", "seed")}
+                for name, note in result.importances.items()
+            },
         }
         self.run.write_json("edit/plan.json", plan)
         tensors = []

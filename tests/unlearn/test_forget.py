@@ -108,12 +108,12 @@ def test_a_second_request_reads_no_retain_data(world: World, tmp_path: Path, mon
     run = forget(request, out=tmp_path / "second")
     assert len(seen) == 3
     assert len(seen[2]) == 3  # the three records to forget, and no retain record
-    plan = json.loads((run.path / "edit/plan.json").read_text())
-    assert plan["importances"]["retain"]["reused"] is True
+    events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert {"retain": True, "forget": False} in [event["data"] for event in events if event["event"] == "importances"]
     monkeypatch.setenv("UNLEARN_CACHE", "")
     fresh = forget(request, out=tmp_path / "third")
-    name = "edit/delta.json"
-    assert (fresh.path / name).read_bytes() == (run.path / name).read_bytes()
+    for name in ("edit/delta.json", "edit/plan.json", "report/report.json", "report/report.html"):
+        assert (fresh.path / name).read_bytes() == (run.path / name).read_bytes(), name
 
 
 def test_missing_sets_are_drafted(world: World, tmp_path: Path) -> None:

@@ -243,7 +243,12 @@ def utility(evidence: Evidence) -> dict[str, dict[str, Figure]]:
     out = {}
     for metric in metrics_of(evidence.task):
         difference = statistics.difference_interval(
-            values(metric, after), values(metric, before), paired=True, clusters=clusters(after), seed=evidence.seed
+            values(metric, after),
+            values(metric, before),
+            paired=True,
+            clusters=clusters(after),
+            bounds=metric.bounds,
+            seed=evidence.seed,
         )
         out[f"retain.{metric.name}"] = {
             "before": figure(metric, before, "retain", evidence.seed),

@@ -294,6 +294,11 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def discard(self) -> None:
+        """Remove a run that came to nothing."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def clear_stage(self, name: str) -> None:
         """Remove what an interrupted stage may have left: its own folder and the private scratch folder."""
         for folder in (name, "private/work"):

@@ -1,7 +1,8 @@
 """Check a run folder offline: nobody needs the model, the records or the private folder.
 
 - the event chain is unbroken, from the first line on;
-- every file that a finished stage left outside `private/` still has the digest in the chain, and no file was added;
+- every file that a finished stage left outside `private/` still has the digest in the chain, and no file was added
+  (documents may be rendered again, after a sign-off for instance: they are checked by what they say);
 - the criteria that were judged are those sealed before any model was loaded;
 - the edited checkpoint has the tensor digest and the file digests in the record;
 - every document renders to the bytes that stand there.
@@ -77,7 +78,8 @@ def passed(checks: list[Check]) -> bool:
 
 def _files(run: Path, outputs: dict[str, str]) -> Check:
     private = not (run / "private").is_dir()
-    expected = {name: digest for name, digest in outputs.items() if not (private and name.startswith("private/"))}
+    free = ("report/", "private/") if private else ("report/",)
+    expected = {name: digest for name, digest in outputs.items() if not name.startswith(free)}
     wrong = [
         name
         for name, digest in sorted(expected.items())
@@ -124,7 +126,10 @@ def _criteria(run: Path, events: list[dict[str, Any]]) -> Check:
 def _checkpoint(run: Path) -> Check:
     folder, delta = run / "edit" / "checkpoint", run / "edit" / "delta.json"
     if not delta.is_file():
-        return Check("edited checkpoint", "skipped", "this run edits nothing")
+        audit = read_header(run)["kind"] == "audit"
+        return Check(
+            "edited checkpoint", "skipped", "this run edits nothing" if audit else "not written: an unfinished run"
+        )
     if not folder.is_dir():
         return Check("edited checkpoint", "failed", "the run wrote one, and it is not here")
     from unlearn.checkpoints.manifest import identify
