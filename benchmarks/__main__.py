@@ -50,14 +50,17 @@ def main() -> int:
         )
         found = environment(options.device)
         found |= {"model": subject.name, "repeats": options.repeats, "clock": options.clock}
-        print("\n".join(f"{key}: {value}" for key, value in found.items()))
+        print("\n".join(f"{key}: {value}" for key, value in found.items()), flush=True)
         for name in options.names or NAMES:
             module = import_module(f"benchmarks.{name}")
-            rows = module.run(subject)
-            results[name] = [row.as_dict() for row in rows]
+            rows = []
+            for row in module.run(subject):  # shown and written one by one: a whole run takes minutes
+                rows.append(row)
+                print(f"{name}: {row.case}: {row.median:.3g}", file=sys.stderr, flush=True)
+                results[name] = [row.as_dict() for row in rows]
+                if options.json:
+                    options.json.write_text(json.dumps({"environment": found, "results": results}, indent=2) + "\n")
             print(f"\n{name}: {(module.__doc__ or '').splitlines()[0]}\n{table(rows)}", flush=True)
-            if options.json:
-                options.json.write_text(json.dumps({"environment": found, "results": results}, indent=2) + "\n")
     return 0
 
 

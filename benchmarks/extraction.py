@@ -7,6 +7,8 @@ that is not in the ratio.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from attacks.extraction import neutral_generation
@@ -19,9 +21,8 @@ from probes.records import TokenRecord
 PROMPT = COMPLETION = 50
 
 
-def run(subject: Subject) -> list[Ratio]:
+def run(subject: Subject) -> Iterator[Ratio]:
     target = subject.target(8 if subject.device == "cpu" else 20)
-    rows = []
     for batch_size, n in ((1, 4), (16, 32)) if subject.tiny or subject.device != "cpu" else ((1, 8), (16, 32)):
         records = _records(subject, n)
         found: dict[str, list[bool]] = {}
@@ -37,8 +38,7 @@ def run(subject: Subject) -> list[Ratio]:
         differ = sum(a != b for a, b in zip(found["decoded"], found["read"], strict=True))
         note = f"{n} records, {sum(found['read'])} extracted, {differ} disagreements"
         case = f"generate() / one pass: batch {batch_size}"
-        rows.append(Ratio(case, seconds["decoded"], seconds["read"], target, at_least=True, note=note))
-    return rows
+        yield Ratio(case, seconds["decoded"], seconds["read"], target, at_least=True, note=note)
 
 
 def _records(subject: Subject, n: int) -> list[TokenRecord]:

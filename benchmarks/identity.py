@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 
 from benchmarks.harness import Ratio, interleave
 from benchmarks.subject import Subject
 from unlearn.checkpoints.checkpoint import open_checkpoint
 
 
-def run(subject: Subject) -> list[Ratio]:
+def run(subject: Subject) -> Iterator[Ratio]:
     files = sorted(path for path in subject.folder.iterdir() if path.is_file())
 
     def identify() -> None:
@@ -22,4 +23,4 @@ def run(subject: Subject) -> list[Ratio]:
 
     seconds = interleave({"identify": identify, "sha256sum": sha256sum}, subject)
     note = f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.0f} MB"
-    return [Ratio("manifest and tensor digest / sha256sum", seconds["identify"], seconds["sha256sum"], note=note)]
+    yield Ratio("manifest and tensor digest / sha256sum", seconds["identify"], seconds["sha256sum"], note=note)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.harness import Ratio, interleave
@@ -26,8 +26,9 @@ BATCH_SIZE = 16
 FORGET, RETAIN = 8, 40
 
 
-def run(subject: Subject) -> list[Ratio]:
-    return [*_estimators(subject), _second_request(subject)]
+def run(subject: Subject) -> Iterator[Ratio]:
+    yield from _estimators(subject)
+    yield _second_request(subject)
 
 
 def _estimators(subject: Subject) -> list[Ratio]:

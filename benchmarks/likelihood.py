@@ -8,7 +8,7 @@ are a lower bound for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,17 +23,15 @@ PASSES_APART = 8
 BATCH_SIZE = 16
 
 
-def run(subject: Subject) -> list[Ratio]:
+def run(subject: Subject) -> Iterator[Ratio]:
     sets = {"completions": completions(subject), "texts": texts(subject)}
-    rows = []
     for name, records in sets.items():
         budget = default_batch_tokens(torch.device(subject.device))
         batches = length_batches(records, budget)
-        rows.append(_once(subject, f"{name}, {budget} tokens a batch", records, batches, {"batch_tokens": budget}))
+        yield _once(subject, f"{name}, {budget} tokens a batch", records, batches, {"batch_tokens": budget})
         one = records[: BATCH_SIZE // 4]
-        rows.append(_once(subject, f"{name}, 1 record a batch", one, [[i] for i in range(len(one))], {"batch_size": 1}))
-    few = sets["completions"][:BATCH_SIZE]
-    return [*rows, _apart(subject, few)]
+        yield _once(subject, f"{name}, 1 record a batch", one, [[i] for i in range(len(one))], {"batch_size": 1})
+    yield _apart(subject, sets["completions"][:BATCH_SIZE])
 
 
 def figures(subject: Subject, records: Sequence[TokenRecord], batching: dict[str, int]) -> Callable[[], object]:

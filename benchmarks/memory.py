@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ SMALL, LARGE = (1024, 8192), (4096, 131072)  # tokens, vocabulary; the small one
 SLACK = 1.5  # allocator noise; the product of tokens and vocabulary grows 64-fold
 
 
-def run(subject: Subject) -> list[Ratio]:
+def run(subject: Subject) -> Iterator[Ratio]:
     few, many = SMALL[0], LARGE[0]
     points = [(side, tokens, v) for side in ("pass", "bare") for tokens in (few, many) for v in (SMALL[1], LARGE[1])]
     extra: dict[tuple[str, int, int], list[float]] = {point: [] for point in points}
@@ -31,13 +32,12 @@ def run(subject: Subject) -> list[Ratio]:
     def ratio(case: str, over: tuple[str, int, int], under: tuple[str, int, int], target: float | None) -> Ratio:
         return Ratio(case, extra[over], extra[under], target, note="peak extra memory", unit="MB")
 
-    rows = []
     for side, target in (("pass", SLACK), ("bare", None)):
         for tokens in (few, many):
             case = f"{side}: vocabulary {SMALL[1]} -> {LARGE[1]} at {tokens} tokens"
-            rows.append(ratio(case, (side, tokens, LARGE[1]), (side, tokens, SMALL[1]), target))
-        rows.append(ratio(f"{side}: both, {SMALL} -> {LARGE}", (side, *LARGE), (side, *SMALL), target))
-    return [*rows, ratio(f"pass / bare at {LARGE}", ("pass", *LARGE), ("bare", *LARGE), None)]
+            yield ratio(case, (side, tokens, LARGE[1]), (side, tokens, SMALL[1]), target)
+        yield ratio(f"{side}: both, {SMALL} -> {LARGE}", (side, *LARGE), (side, *SMALL), target)
+    yield ratio(f"pass / bare at {LARGE}", ("pass", *LARGE), ("bare", *LARGE), None)
 
 
 def _point(side: str, tokens: int, vocabulary: int, device: str) -> float:
