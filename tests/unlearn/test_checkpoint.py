@@ -929,7 +929,7 @@ def test_gguf_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + bytes(40))
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    refuses(path, ResourceError, 5, "pip install gguf")
+    refuses(path, ResourceError, 5, "gguf and accelerate")
 
 
 def test_damaged_gguf(tmp_path: Path) -> None:

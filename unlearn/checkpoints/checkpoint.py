@@ -221,8 +221,10 @@ class GgufCheckpoint(Checkpoint):
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise UsageError(f"{path}: expected a checkpoint folder or a GGUF file, found another file")
-        if find_spec("gguf") is None:
-            raise ResourceError(f"{path}: reading GGUF needs the package gguf; pip install gguf")
+        missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+        if missing:
+            packages = " and ".join(missing)
+            raise ResourceError(f"{path}: reading GGUF needs {packages}, found none; pip install 'unlearn-audit[demo]'")
         self._gguf_config = load_config(path.parent, gguf_file=path.name)
         config = self._gguf_config.to_dict()
         super().__init__(path.name, path, config, task_of(config, str(path)))
