@@ -149,4 +149,4 @@ def test_installed_wheel_finds_itself_and_its_presets(installed: Path, tmp_path:
 @pytest.mark.slow
 def test_installed_wheel_runs_the_demo(installed: Path, tmp_path: Path) -> None:
     run([installed / "unlearn", "demo", "--tiny", "--out", tmp_path / "run"], tmp_path, OMP_NUM_THREADS="1")
-    assert (tmp_path / "run" / "report" / "report.html").stat().st_size > 1000
+    assert (tmp_path / "run" / "forget" / "report" / "report.html").stat().st_size > 1000
