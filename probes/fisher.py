@@ -48,7 +48,7 @@ from probes.likelihood import Progress, check_records, out_of_memory
 from probes.loss import cross_entropy, sample, squared_norm
 from probes.modelmap import ModelMap
 from probes.perexample import InseparableError, Taps, separable
-from probes.records import ImageRecord, TokenRecord, pad
+from probes.records import ImageRecord, TokenRecord, pad, predicting
 
 Estimator = Literal["example", "token", "batch", "label_free"]
 Labels = Literal["gold", "sampled"]
@@ -244,10 +244,7 @@ class _Texts(_Source):
     def backward(self, batch: Sequence[int], weights: Tensor, draw: int, *, norm: bool, apart: bool) -> None:
         ids, mask = pad([self._records[i] for i in batch], self._device)  # [B, T]
         hidden = self._map.backbone()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        where = torch.zeros_like(ids, dtype=torch.bool)  # [B, T] positions whose next token is a completion token
-        for row, record in enumerate(self._records[i] for i in batch):
-            where[row, record.n_prompt - 1 : len(record.ids) - 1] = True
-        states = hidden[where]  # [N, d]
+        states = hidden[predicting([self._records[i] for i in batch], ids)]  # [N, d]
         del hidden
         labels = torch.tensor([t for i in batch for t in self._records[i].completion], device=self._device)  # [N]
         uniforms, weights = self.uniforms(batch, draw), weights.to(self._device)

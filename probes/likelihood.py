@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from probes.errors import ResourceError, UnsupportedError
 from probes.modelmap import ModelMap
-from probes.records import TokenRecord, length_batches, pad
+from probes.records import TokenRecord, length_batches, pad, predicting
 
 # Logits alive at once. In fp32 32 MB: rows enough for the output head to run at full speed, and just below the 32 MiB
 # from which malloc maps every buffer anew and each page of it costs a fault.
@@ -205,10 +205,7 @@ def _batch_rows(model: nn.Module, model_map: ModelMap, batch: Sequence[TokenReco
     device = next(model.parameters()).device
     ids, _ = pad(batch, device)  # [B, T]
     hidden = model_map.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-    where = torch.zeros_like(ids, dtype=torch.bool)  # [B, T] positions whose next token is a completion token
-    for row, record in enumerate(batch):
-        where[row, record.n_prompt - 1 : len(record.ids) - 1] = True
-    states = hidden[where]  # [N, d]
+    states = hidden[predicting(batch, ids)]  # [N, d]
     del hidden
     targets = torch.tensor([token for record in batch for token in record.completion], device=device)  # [N]
     size = max(1, CHUNK_ELEMENTS // model_map.vocab_size)

@@ -105,3 +105,11 @@ def pad(records: Sequence[TokenRecord], device: torch.device | str = "cpu") -> t
         ids[row, : len(record.ids)] = torch.tensor(record.ids)
         mask[row, : len(record.ids)] = 1
     return ids.to(device), mask.to(device)
+
+
+def predicting(records: Sequence[TokenRecord], ids: Tensor) -> Tensor:
+    """Which positions of a padded batch `ids` [B, T] predict a completion token: [B, T] bool."""
+    where = torch.zeros_like(ids, dtype=torch.bool)
+    for row, record in enumerate(records):
+        where[row, record.n_prompt - 1 : len(record.ids) - 1] = True
+    return where

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from probes.modelmap import ModelMap
-from probes.records import TokenRecord, pad
+from probes.records import TokenRecord, pad, predicting
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,5 @@ def completion_loss(model: nn.Module, model_map: ModelMap, batch: Sequence[Token
     """Mean cross-entropy over the completion tokens of a batch; only their positions meet the output head."""
     ids, _ = pad(batch, next(model.parameters()).device)  # [B, T]
     hidden = model_map.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-    where = torch.zeros_like(ids, dtype=torch.bool)
-    for row, record in enumerate(batch):
-        where[row, record.n_prompt - 1 : len(record.ids) - 1] = True
     targets = torch.tensor([token for record in batch for token in record.completion], device=ids.device)
-    return F.cross_entropy(model_map.logits(hidden[where]).float(), targets)
+    return F.cross_entropy(model_map.logits(hidden[predicting(batch, ids)]).float(), targets)
