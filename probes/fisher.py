@@ -242,8 +242,8 @@ class _Texts(_Source):
         return len(batch), max(len(self._records[i].ids) for i in batch)
 
     def backward(self, batch: Sequence[int], weights: Tensor, draw: int, *, norm: bool, apart: bool) -> None:
-        ids, mask = pad([self._records[i] for i in batch], self._device)  # [B, T]
-        hidden = self._map.backbone()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        ids, _ = pad([self._records[i] for i in batch], self._device)  # [B, T]; no mask, see `probes.likelihood`
+        hidden = self._map.backbone()(input_ids=ids, use_cache=False).last_hidden_state
         states = hidden[predicting([self._records[i] for i in batch], ids)]  # [N, d]
         del hidden
         labels = torch.tensor([t for i in batch for t in self._records[i].completion], device=self._device)  # [N]
