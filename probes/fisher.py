@@ -28,27 +28,20 @@ Shape letters: B records in a batch, T padded tokens, N completion tokens in a b
 
 from __future__ import annotations
 
-import hashlib
-from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from probes.classify import class_logits
 from probes.errors import ResourceError, UnsupportedError, UsageError
-from probes.likelihood import Progress, check_records, out_of_memory
-from probes.loss import cross_entropy, sample, squared_norm
+from probes.likelihood import Progress, out_of_memory
 from probes.modelmap import ModelMap
+from probes.passes import Losses, gradients, losses_of, sum_type
 from probes.perexample import InseparableError, Taps, separable
-from probes.records import ImageRecord, TokenRecord, pad, predicting
+from probes.records import ImageRecord, TokenRecord
 
 Estimator = Literal["example", "token", "batch", "label_free"]
 Labels = Literal["gold", "sampled"]
@@ -126,14 +119,10 @@ def importance(
     if draws > 1 and estimator != "token" and labels == "gold":
         raise UsageError(f"expected draws: 1 where nothing is drawn, found {draws} for {estimator} with gold labels")
     wanted = _wanted(model, parameters)
-    source: _Source
-    if isinstance(records[0], TokenRecord):
-        if model_map is None or model_map.model is not model:
-            model_map = ModelMap.of(model)
-        source = _Texts(model_map, cast("Sequence[TokenRecord]", records), labels == "sampled", seed)
-    else:
-        source = _Images(model, cast("Sequence[ImageRecord]", records), labels == "sampled", seed)
-    totals = {name: torch.zeros_like(p, dtype=_sum_type(p), requires_grad=False) for name, p in wanted.items()}
+    if isinstance(records[0], TokenRecord) and (model_map is None or model_map.model is not model):
+        model_map = ModelMap.of(model)
+    source = losses_of(model, records, sampled=labels == "sampled", seed=seed, model_map=model_map)
+    totals = {name: torch.zeros_like(p, dtype=sum_type(p), requires_grad=False) for name, p in wanted.items()}
     run = _Run(model, wanted, totals, source, draws, progress or (lambda done, total: None))
     try:
         if estimator == "example":
@@ -177,122 +166,6 @@ def _wanted(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Param
     return wanted
 
 
-def _sum_type(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-# -------------------------------------------------------------------------------------------------- losses of a batch
-
-
-class _Source(ABC):
-    """Records as losses: `lengths[i]` of them for record i, one per completion token or one for an image."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str], lengths: list[int], sampled: bool, seed: int) -> None:
-        self.lengths = lengths
-        self.sampled = sampled
-        self._device = next(model.parameters()).device
-        seen: Counter[str] = Counter()
-        self._keys = []
-        for name in names:  # records that share an identifier still draw independently
-            self._keys.append(f"{seed}|{seen[name]}|{name}")
-            seen[name] += 1
-
-    @abstractmethod
-    def shape(self, batch: Sequence[int]) -> tuple[int, ...]:
-        """Leading dimensions of the activations of a batch: (B,) or (B, T)."""
-
-    @abstractmethod
-    def backward(self, batch: Sequence[int], weights: Tensor, draw: int, *, norm: bool, apart: bool) -> None:
-        """Backpropagate sum_n weights[n] l_n; ||f_n||^2 stands for l_n if `norm`.
-
-        With `apart` the output head of a language model sees one record at a time, so that its gradients are each
-        record's own.
-        """
-
-    def signs(self, batch: Sequence[int], draw: int) -> Tensor:
-        """Independent +1 and -1, [N]."""
-        return torch.cat(
-            [2 * torch.randint(2, (self.lengths[i],), generator=self._generator(i, draw, "sign")) - 1 for i in batch]
-        )
-
-    def uniforms(self, batch: Sequence[int], draw: int) -> Tensor | None:
-        """Independent numbers in [0, 1) that decide sampled labels, [N]; None for gold labels."""
-        if not self.sampled:
-            return None
-        generators = [self._generator(i, draw, "label") for i in batch]
-        return torch.cat(
-            [
-                torch.rand(self.lengths[i], generator=g, dtype=torch.float64)
-                for i, g in zip(batch, generators, strict=True)
-            ]
-        ).to(self._device)
-
-    def _generator(self, index: int, draw: int, purpose: str) -> torch.Generator:
-        key = hashlib.sha256(f"{purpose}|{draw}|{self._keys[index]}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-
-
-class _Texts(_Source):
-    def __init__(self, model_map: ModelMap, records: Sequence[TokenRecord], sampled: bool, seed: int) -> None:
-        check_records(records, model_map.vocab_size)
-        super().__init__(model_map.model, [r.record_id for r in records], [r.n_tokens for r in records], sampled, seed)
-        self._map, self._records = model_map, records
-
-    def shape(self, batch: Sequence[int]) -> tuple[int, ...]:
-        return len(batch), max(len(self._records[i].ids) for i in batch)
-
-    def backward(self, batch: Sequence[int], weights: Tensor, draw: int, *, norm: bool, apart: bool) -> None:
-        ids, _ = pad([self._records[i] for i in batch], self._device)  # [B, T]; no mask, see `probes.likelihood`
-        hidden = self._map.backbone()(input_ids=ids, use_cache=False).last_hidden_state
-        states = hidden[predicting([self._records[i] for i in batch], ids)]  # [N, d]
-        del hidden
-        labels = torch.tensor([t for i in batch for t in self._records[i].completion], device=self._device)  # [N]
-        uniforms, weights = self.uniforms(batch, draw), weights.to(self._device)
-
-        def loss(states: Tensor, part: slice) -> Tensor:
-            if norm:
-                return squared_norm(self._map, states, weights[part])
-            drawn = None if uniforms is None else uniforms[part]
-            return cross_entropy(self._map, states, labels[part], weights[part], uniforms=drawn)
-
-        if not apart:
-            _backward(loss(states, slice(None)))
-            return
-        leaves, start = [], 0
-        for piece in states.split([self.lengths[i] for i in batch]):
-            leaf = piece.detach().requires_grad_(states.requires_grad)
-            _backward(loss(leaf, slice(start, start := start + len(piece))))
-            leaves.append(leaf)
-        if states.requires_grad:
-            states.backward(torch.cat([cast(Tensor, leaf.grad) for leaf in leaves]))
-
-
-class _Images(_Source):
-    def __init__(self, model: nn.Module, records: Sequence[ImageRecord], sampled: bool, seed: int) -> None:
-        super().__init__(model, [record.record_id for record in records], [1] * len(records), sampled, seed)
-        self._model, self._records = model, records
-
-    def shape(self, batch: Sequence[int]) -> tuple[int, ...]:
-        return (len(batch),)
-
-    def backward(self, batch: Sequence[int], weights: Tensor, draw: int, *, norm: bool, apart: bool) -> None:
-        logits = class_logits(self._model, torch.stack([self._records[i].pixels for i in batch]).to(self._device))
-        logits = logits.to(_sum_type(logits))  # [B, classes]
-        labels = torch.tensor([self._records[i].label for i in batch], device=self._device)  # [B]
-        if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
-            raise UnsupportedError(f"expected labels below {logits.shape[-1]} classes, found others; check the records")
-        uniforms = self.uniforms(batch, draw)
-        if uniforms is not None:
-            labels = sample(logits.detach(), uniforms)
-        losses = logits.square().sum(-1) if norm else functional.cross_entropy(logits, labels, reduction="none")
-        _backward(losses @ weights.to(logits))
-
-
-def _backward(loss: Tensor) -> None:
-    if loss.requires_grad:  # not if no parameter asked for takes part in the loss
-        loss.backward()  # type: ignore[no-untyped-call]
-
-
 # --------------------------------------------------------------------------------------------------------- the passes
 
 
@@ -303,14 +176,14 @@ class _Run:
     model: nn.Module
     wanted: Mapping[str, nn.Parameter]
     totals: dict[str, Tensor]
-    source: _Source
+    source: Losses
     draws: int
     progress: Progress
 
     def batches(self, estimator: Estimator, batch_size: int) -> None:
         """One gradient a batch: `batch`, `label_free` and `token`."""
         norm = estimator == "label_free"
-        with _gradients(self.model, self.wanted, self._add_absolute if norm else self._add_square):
+        with gradients(self.model, self.wanted, self._add_absolute if norm else self._add_square):
             for batch, draw in self._batches(batch_size, grouped=estimator == "token"):
                 n = sum(self.source.lengths[i] for i in batch)
                 weights = self.source.signs(batch, draw) if estimator == "token" else self._ones(n).div_(n)
@@ -321,7 +194,7 @@ class _Run:
         if taps is not None and batch_size > 1:
             loose = {name: p for name, p in self.wanted.items() if name not in taps.names}
             try:
-                with _gradients(self.model, loose, self._add_square), taps.on(self.totals):
+                with gradients(self.model, loose, self._add_square), taps.on(self.totals):
                     for batch, draw in self._batches(batch_size, grouped=True):
                         taps.expect(self.source.shape(batch))
                         self.source.backward(batch, self._means(batch), draw, norm=False, apart=bool(loose))
@@ -330,7 +203,7 @@ class _Run:
             except InseparableError:
                 for total in self.totals.values():
                     total.zero_()
-        with _gradients(self.model, self.wanted, self._add_square):
+        with gradients(self.model, self.wanted, self._add_square):
             for batch, draw in self._batches(1, grouped=False):
                 self.source.backward(batch, self._means(batch), draw, norm=False, apart=False)
 
@@ -347,7 +220,7 @@ class _Run:
                 self.progress(done, total)
 
     def _ones(self, n: int) -> Tensor:
-        return torch.ones(n, dtype=_sum_type(next(self.model.parameters())))
+        return torch.ones(n, dtype=sum_type(next(self.model.parameters())))
 
     def _means(self, batch: Sequence[int]) -> Tensor:
         return torch.cat([self._ones(n).div_(n) for n in (self.source.lengths[i] for i in batch)])
@@ -357,41 +230,3 @@ class _Run:
 
     def _add_absolute(self, name: str, gradient: Tensor) -> None:
         self.totals[name].add_(gradient.abs_())
-
-
-@contextmanager
-def _gradients(
-    model: nn.Module, wanted: Mapping[str, nn.Parameter], consume: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Evaluation mode with gradients for `wanted` alone; each goes to `consume` when it is complete and is freed.
-
-    `consume` may overwrite the gradient. Everything is as before afterwards, whatever happens inside.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    handles = []
-
-    def hand_over(parameter: Tensor, name: str) -> None:
-        gradient, parameter.grad = cast(Tensor, parameter.grad), None
-        consume(name, gradient.to(_sum_type(gradient)))
-
-    try:
-        model.eval()
-        for parameter, _, _ in flags:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for name, parameter in wanted.items():
-            parameter.requires_grad_(True)
-            handle = parameter.register_post_accumulate_grad_hook(partial(hand_over, name=name))  # type: ignore[no-untyped-call]
-            handles.append(handle)
-        with torch.enable_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, flag, gradient in flags:
-            parameter.grad = None
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
-        for module, mode in modes:
-            module.training = mode

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn import functional
 
-from probes import fisher, perexample
+from probes import passes, perexample
 from probes.errors import ResourceError, UnsupportedError, UsageError
 from probes.fisher import importance
 from probes.loss import cross_entropy, sample, squared_norm
@@ -387,7 +387,7 @@ def test_signs_make_token_importances_unbiased(kind: str, monkeypatch: pytest.Mo
     expected = mean_square(gradients)
     patterns = list(itertools.product((-1.0, 1.0), repeat=n))
     queue = iter(patterns)
-    monkeypatch.setattr(fisher._Source, "signs", lambda self, batch, draw: torch.tensor(next(queue), dtype=F64))
+    monkeypatch.setattr(passes.Losses, "signs", lambda self, batch, draw: torch.tensor(next(queue), dtype=F64))
     found = importance(model, records, estimator="token", batch_size=4, parameters=names, draws=len(patterns))
     close(found.tensors, expected)
     assert found.n_tokens == n
@@ -401,7 +401,7 @@ def test_signs_are_seeded_by_record_and_draw() -> None:
         return importance(model, records, **options).tensors[name]
 
     name = editable(model)[0]
-    signs = fisher._Texts(ModelMap.of(model), texts(200), False, 0).signs(range(200), 0)
+    signs = passes.losses_of(model, texts(200)).signs(range(200), 0)
     assert set(signs.tolist()) == {-1, 1}
     assert abs(float(signs.float().mean())) < 0.1
     first = run(records)
@@ -475,7 +475,7 @@ def test_sampled_labels_depend_on_seed_and_record_alone() -> None:
 def test_records_that_share_an_identifier_draw_independently() -> None:
     model = causal_lm("llama", dtype=F64)
     one = TokenRecord("same", (5, 6, 7, 8, 9, 10, 11, 12), 1, 1)
-    source = fisher._Texts(ModelMap.of(model), [one, one], True, 0)
+    source = passes.losses_of(model, [one, one], sampled=True)
     assert not torch.equal(source.uniforms([0], 0), source.uniforms([1], 0))
     assert not torch.equal(source.uniforms([0], 0), source.uniforms([0], 1))
 
