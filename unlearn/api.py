@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from probes.errors import IntegrityError, UnlearnError, UsageError
 from unlearn.evidence.criteria import EXIT_CODES
-from unlearn.pipeline import Live, Pipeline, plan_only
+from unlearn.pipeline import Pipeline, plan_only
 from unlearn.records.files import as_row, records_from
 from unlearn.records.raw import RawRecord, RecordFormat
 from unlearn.requests.presets import Criterion, Policy, load_method, load_policy, load_suite
@@ -26,6 +26,7 @@ from unlearn.requests.request import Request, load_request, record_sets, redacte
 from unlearn.runs.folder import RunFolder, digest, disk_errors, json_bytes, read_header, write_atomic
 from unlearn.runs.job import Job, Options, Source
 from unlearn.terminal import Display
+from unlearn.workspace import Live
 
 if TYPE_CHECKING:
     import pandas as pd

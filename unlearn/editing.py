@@ -1,0 +1,111 @@
+"""The edit stage, and runs that edit a copy without an audit (`unlearn edit`)."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from unlearn.editors.base import EditContext, Editor, make_editor
+from unlearn.runs.job import Job
+from unlearn.workspace import Workspace
+
+if TYPE_CHECKING:
+    from probes.modelmap import ModelMap
+
+
+def editor_of(job: Job) -> Editor:
+    """The job's editor with validated parameters.
+
+    Raises:
+        UsageError: listing every mistake.
+    """
+    assert job.method is not None
+    return make_editor(**job.method)
+
+
+def write_copy(workspace: Workspace) -> None:
+    """The edit stage: the job's editor writes an edited copy into `edit/checkpoint`, and what it did beside it."""
+    run, job, sets = workspace.run, workspace.job, workspace.sets()
+    loaded, editor = workspace.loaded("checkpoint"), editor_of(job)
+    work = run.file("private/work")
+    work.mkdir(mode=0o700, exist_ok=True)
+    out = run.file("edit/checkpoint")
+    result = editor.edit(
+        EditContext(
+            source=workspace.checkpoint("checkpoint"),
+            model=loaded.model,
+            model_map=loaded.model_map,
+            forget=sets.get("records", []),
+            retain=sets.get("retain", []),
+            seed=job.options.seed,
+            work=work,
+            cache_parts={
+                "tensors": loaded.tensor_digest,
+                "dtype": job.options.dtype,
+                "device": workspace.device.split(":")[0],
+            },
+            progress=workspace.progress,
+        ),
+        out,
+    )
+    shutil.rmtree(work)
+    run.claim(out)
+    edited = workspace.checkpoint("edited")
+    run.write_json("edit/checkpoint.json", edited.describe() | {"manifest": edited.manifest()})
+    places = _places(workspace, loaded.model_map)
+    method = {
+        "name": editor.name,
+        "version": editor.version,
+        "paper": editor.paper,
+        "parameters": result.parameters,
+    }
+    changed = sum(delta.changed for delta in result.deltas)
+    if not changed and not result.warnings:
+        result.warnings.append("The edit changed no weight: the copy is the original.")
+    # How a statistic was come by (computed or reused) is history, not evidence: it goes to the event log, so that
+    # the same inputs give the same plan and report whether or not an earlier run had filled the cache.
+    run.event("importances", **{name: note.get("reused") for name, note in result.importances.items()})
+    plan = {
+        "method": method,
+        "warnings": result.warnings,
+        "tensors": [delta.name for delta in result.deltas],
+        "importances": {
+            name: {key: value for key, value in note.items() if key not in ("reused", "seed")}
+            for name, note in result.importances.items()
+        },
+    }
+    run.write_json("edit/plan.json", plan)
+    tensors = []
+    for delta in result.deltas:
+        block, role = places.get(delta.name, (None, None))
+        tensors.append(
+            {
+                "name": delta.name,
+                "dtype": delta.dtype,
+                "shape": list(delta.shape),
+                "changed": delta.changed,
+                "rel_norm": delta.rel_norm,
+                "block": block,
+                "role": role,
+            }
+        )
+    run.write_json(
+        "edit/delta.json",
+        {
+            "tensors": tensors,
+            "changed_elements": sum(row["changed"] for row in tensors),
+            "total_elements": sum(parameter.numel() for parameter in loaded.model.parameters()),
+            "statistics": result.statistics,
+            "tensor_digest": result.deltas.tensor_digest,
+            "manifest": result.deltas.manifest,
+            "left_out": result.deltas.left_out,
+        },
+    )
+
+
+def _places(workspace: Workspace, model_map: ModelMap) -> dict[str, tuple[int | None, str | None]]:
+    """Block and role of every tensor on disk."""
+    names = workspace.checkpoint("checkpoint").disk_names(model_map.model)
+    return {
+        disk: (model_map.block_of(name), model_map.role_of(name)) for name, places in names.items() for disk in places
+    }
