@@ -1,8 +1,9 @@
 """Audit a checkpoint for memorised records, forget them in a copy, attack the copy, report.
 
-    from unlearn import audit, forget
+    from unlearn import audit, forget, probe
     run = audit("checkpoint", records="records.jsonl")
     run = forget("request.yaml")
+    run = probe("kfac", "checkpoint", data="text.jsonl")
 
 Importing this package loads no model library; the first call does.
 """
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from unlearn._version import __version__
 
 if TYPE_CHECKING:
-    from unlearn.api import Options, RecordFormat, Run, audit, forget
+    from unlearn.api import Options, RecordFormat, Run, audit, edit, forget, probe
 
-__all__ = ["Options", "RecordFormat", "Run", "__version__", "audit", "forget"]
+__all__ = ["Options", "RecordFormat", "Run", "__version__", "audit", "edit", "forget", "probe"]
 
 
 def __getattr__(name: str) -> Any:

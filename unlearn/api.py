@@ -1,8 +1,10 @@
 """Three lines of Python for everything the command line does.
 
-    from unlearn import audit, forget
+    from unlearn import audit, edit, forget, probe
     run = audit("checkpoint", records="records.jsonl")
     run = forget("request.yaml")
+    run = probe("kfac", "checkpoint", data="text.jsonl")
+    run = edit("kfac", "checkpoint", retain="text.jsonl")
 
 A run is a folder; `Run` is a view of it.
 """
@@ -17,11 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from probes.errors import IntegrityError, UnlearnError, UsageError
+from unlearn.editing import EditRun
 from unlearn.evidence.criteria import EXIT_CODES
 from unlearn.pipeline import Pipeline, plan_only
+from unlearn.probing.run import ProbeRun
 from unlearn.records.files import as_row, records_from
 from unlearn.records.raw import RawRecord, RecordFormat
 from unlearn.requests.presets import Criterion, Policy, load_method, load_policy, load_suite
+from unlearn.requests.probes import probe_settings
 from unlearn.requests.request import Request, load_request, record_sets, redacted
 from unlearn.runs.folder import RunFolder, digest, disk_errors, json_bytes, read_header, write_atomic
 from unlearn.runs.job import Job, Options, Source
@@ -33,7 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-__all__ = ["Options", "RecordFormat", "Run", "audit", "forget"]
+__all__ = ["Options", "RecordFormat", "Run", "audit", "edit", "forget", "probe"]
 
 
 class Run:
@@ -73,7 +78,8 @@ class Run:
     @property
     def exit_code(self) -> int:
         """What the command line returns for this run."""
-        return EXIT_CODES.get(self.verdict or "", 5)
+        judged = read_header(self.path)["kind"] in ("audit", "forget")
+        return EXIT_CODES.get(self.verdict or "", 5) if judged else 0
 
     @property
     def criteria(self) -> list[dict[str, Any]]:
@@ -92,8 +98,24 @@ class Run:
             raise UsageError(f"expected a measurement {stage}, found none in this run")
         return cast("dict[str, Any]", found)
 
+    def probe(self, name: str) -> dict[str, Any]:
+        """The result of a probe: `kfac`, `spectrum`, `localise` or `condition`.
+
+        Raises:
+            UsageError: if it was not run.
+        """
+        found = self._read(f"probes/{name}.json")
+        if found is None:
+            raise UsageError("expected a result of this probe, found none in this run")
+        return cast("dict[str, Any]", found)
+
     def table(self, stage: str = "before", role: str = "records") -> pd.DataFrame:
-        """One row per record in input order, with your own ids where the private folder is at hand."""
+        """One row per record in input order, with your own ids where the private folder is at hand.
+
+        Args:
+            stage: `before`, `after`, `reference`, or `probes` for the per-record figures of the kfac probe.
+            role: the record set.
+        """
         import pandas as pd
 
         path = self.path / stage / f"{role}.parquet"
@@ -256,6 +278,116 @@ def forget(
     return _start(request_job(load_request(request), options or Options(), suite), out, Live(), {}, display)
 
 
+def probe(
+    name: str,
+    checkpoint: str | Path | nn.Module,
+    *,
+    data: Any = None,
+    records: Any = None,
+    control: Any = None,
+    training: Any = None,
+    settings: dict[str, Any] | None = None,
+    factors: str | Path | None = None,
+    save_factors: str | Path | None = None,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    format: RecordFormat | None = None,
+    options: Options | None = None,
+    display: Display | None = None,
+) -> Run:
+    """Look inside a checkpoint with one probe; nothing is judged and nothing is edited.
+
+    Args:
+        name: `kfac`, `spectrum`, `localise` or `condition`.
+        checkpoint: as for `audit`.
+        data: what curvature is measured on (`kfac`, `spectrum`), or whose mean stands in for an ablated neuron
+            (`localise`).
+        records: records to score (`kfac`) or to localise (`localise`).
+        control: never-seen records to score beside them (`kfac`).
+        training: training records whose influence on the records is wanted (`localise`).
+        settings: of the probe, as in a suite (`unlearn.requests.probes`).
+        factors: a factor file to use instead of measuring (`kfac`).
+        save_factors: where to write the factors (`kfac`).
+        out: the run folder; a new one under `runs/` by default.
+        tokenizer: for a live language model.
+        format: column names and templates of the record files.
+        options: device, dtype, seed, ...
+        display: where progress goes; nowhere by default.
+
+    Returns:
+        The run; `run.probe(name)` is the result.
+
+    Raises:
+        UsageError: for anything wrong with the inputs, all mistakes at once.
+        IntegrityError: factors of another checkpoint, or an output inside an input.
+        UnsupportedError: for a model the probe cannot read.
+        ResourceError: if memory or disk runs out.
+    """
+    chosen = probe_settings(name, settings or {})
+    given = {"retain": data, "records": records, "control": control, "training": training}
+    live, sources, raw = _inputs(checkpoint, None, tokenizer, given, format, required=())
+    job = Job(
+        kind="probe",
+        checkpoint=_where(checkpoint),
+        sources=sources,
+        criteria={},
+        suite={"probes": [chosen]},
+        options=options or Options(),
+        factors={key: str(Path(path).resolve()) for key, path in (("read", factors), ("write", save_factors)) if path},
+    )
+    return _start(job, out, live, raw, display)
+
+
+def edit(
+    method: str,
+    checkpoint: str | Path | nn.Module,
+    *,
+    retain: Any = None,
+    records: Any = None,
+    overrides: dict[str, Any] | None = None,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    format: RecordFormat | None = None,
+    options: Options | None = None,
+    display: Display | None = None,
+) -> Run:
+    """Write an edited copy with one editor, and measure nothing: `forget` is what audits an edit.
+
+    Args:
+        method: a method preset's name or file; `unlearn ls editors` lists them.
+        checkpoint: as for `audit`.
+        retain: data whose behaviour must stay, for editors that measure it.
+        records: records to forget, for editors that need them.
+        overrides: parameters that differ from the preset.
+        out: the run folder; a new one under `runs/` by default.
+        tokenizer: for a live language model.
+        format: column names and templates of the record files.
+        options: device, dtype, seed, ...
+        display: where progress goes; nowhere by default.
+
+    Returns:
+        The run; `run.checkpoint` is the edited folder, and `edit/plan.json` says that it was not audited.
+
+    Raises:
+        UsageError: for anything wrong with the inputs, all mistakes at once.
+        IntegrityError: if the output would lie inside an input.
+        UnsupportedError: for a model the editor cannot edit.
+        ResourceError: if memory or disk runs out.
+    """
+    preset = load_method(method)
+    live, sources, raw = _inputs(checkpoint, None, tokenizer, {"retain": retain, "records": records}, format, ())
+    job = Job(
+        kind="edit",
+        checkpoint=_where(checkpoint),
+        sources=sources,
+        criteria={},
+        suite={"probes": []},
+        options=options or Options(),
+        method={"name": preset.name, "parameters": preset.parameters | (overrides or {})},
+    )
+    return _start(job, out, live, raw, display)
+
+
 def request_job(request: Request, options: Options, suite: str | Path | None = None) -> Job:
     """The job that a request file describes."""
     sources, sha256 = {}, {}
@@ -311,7 +443,12 @@ def _criteria(policy: Policy, kind: Any, own: list[Criterion] | None) -> dict[st
 
 
 def _inputs(
-    checkpoint: Any, reference: Any, tokenizer: Any, given: dict[str, Any], format: RecordFormat | None = None
+    checkpoint: Any,
+    reference: Any,
+    tokenizer: Any,
+    given: dict[str, Any],
+    format: RecordFormat | None = None,
+    required: Sequence[str] = ("records",),
 ) -> tuple[Live, dict[str, Source], dict[str, list[RawRecord]]]:
     """Sort what a Python caller passed into paths, records in memory, and tokenised records."""
     from probes.records import ImageRecord, TokenRecord
@@ -336,7 +473,7 @@ def _inputs(
             raw[role] = items
         else:
             raw[role] = records_from(items, role=role, fmt=format)
-    if "records" not in {*sources, *raw, *live.records}:
+    if not {*required} <= {*sources, *raw, *live.records}:
         raise UsageError("expected records to look for, found none; pass records=")
     return live, sources, raw
 
@@ -399,9 +536,10 @@ def _resume(path: Path, request: str | Path | None, display: Display | None) -> 
 
 
 def _execute(run: RunFolder, job: Job, live: Live, display: Display | None) -> Run:
-    pipeline = Pipeline(run, job, display or Display(), live)
+    kinds: dict[str, type[Pipeline] | type[ProbeRun] | type[EditRun]] = {"probe": ProbeRun, "edit": EditRun}
+    workspace = kinds.get(job.kind, Pipeline)(run, job, display or Display(), live)
     try:
-        verdict = pipeline.execute()
+        verdict = workspace.execute()
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         with suppress(UnlearnError, OSError):  # the disk may be what failed; the first error is the one to report
@@ -409,8 +547,8 @@ def _execute(run: RunFolder, job: Job, live: Live, display: Display | None) -> R
         if not stopped and run.last_event("stage.done") is None:
             run.discard()  # nothing was measured: a mistyped path should not use up the name of the output folder
         raise
-    run.finish("done", EXIT_CODES[verdict])
+    run.finish("done", EXIT_CODES[verdict] if verdict else 0)
     edited = None
-    if live.model is not None and job.kind == "forget":
-        edited = cast("Any", pipeline.checkpoint("edited")).model
+    if live.model is not None and job.method is not None:
+        edited = cast("Any", workspace.checkpoint("edited")).model
     return Run(run.path, edited)

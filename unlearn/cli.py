@@ -6,11 +6,12 @@ file; 3 inconclusive; 4 integrity refused; 5 runtime or environment; 130 interru
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -34,6 +35,8 @@ app = typer.Typer(
 )
 draft_app = typer.Typer(help="Propose a missing set as a file to review.", no_args_is_help=True)
 app.add_typer(draft_app, name="draft")
+probe_app = typer.Typer(help="Look inside a checkpoint with one probe; nothing is judged.", no_args_is_help=True)
+app.add_typer(probe_app, name="probe")
 
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... [auto]", show_default=False)]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64 [float32]", show_default=False)]
@@ -49,6 +52,8 @@ Out = Annotated[Path | None, typer.Option(help="run folder to create [runs/TIME-
 Field = Annotated[list[str] | None, typer.Option("--field", help="FIELD=COLUMN of the record files; repeatable")]
 PromptTemplate = Annotated[str | None, typer.Option(help="text around every prompt, with {prompt}")]
 CompletionTemplate = Annotated[str | None, typer.Option(help="text around every completion, with {completion}")]
+
+Checkpoint = Annotated[str, typer.Argument(help="checkpoint folder, .gguf file, or hub id with --online")]
 
 _GLOBAL: dict[str, Any] = {}
 
@@ -79,6 +84,48 @@ def _chosen(name: str, value: Any, default: Any) -> Any:
     """An option given after the command, else before it, else the default."""
     found = value if value is not None else _GLOBAL.get(name)
     return default if found is None else found
+
+
+# Options that commands share, by the name of the parameter; `shared` adds them to a command.
+_RUNTIME = {
+    "device": Device,
+    "dtype": Dtype,
+    "seed": Seed,
+    "batch_size": BatchSize,
+    "display": DisplayName,
+    "online": Online,
+    "allow_pickle": Pickle,
+    "trust_remote_code": Remote,
+}
+_FORMAT = {"field": Field, "prompt_template": PromptTemplate, "completion_template": CompletionTemplate}
+
+
+def shared(*, formats: bool = False, exit_zero: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options every run has; it takes them as `options` and `shown`, and `format` if `formats`."""
+    added = (_FORMAT if formats else {}) | {"out": Out} | _RUNTIME | ({"exit_zero": ExitZero} if exit_zero else {})
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        given = ("options", "shown", "format", *added)
+        own = [p for p in inspect.signature(command).parameters.values() if p.name not in given]
+
+        def run(**values: Any) -> None:
+            parts = {name: values.pop(name) for name in _RUNTIME}
+            shown = _display(parts.pop("display"))
+            if formats:
+                values["format"] = _format(*(values.pop(name) for name in _FORMAT))
+            command(**values, options=_options(**parts), shown=shown)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [p.replace(kind=keyword, annotation=eval(p.annotation, globals())) for p in own]
+        for name, annotation in added.items():
+            default = False if get_args(annotation)[0] is bool else None
+            parameters.append(inspect.Parameter(name, keyword, default=default, annotation=annotation))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
 
 
 def _options(
@@ -132,31 +179,23 @@ def _finish(run: Any, shown: Display, exit_zero: bool) -> None:
 
 
 @app.command()
+@shared(formats=True, exit_zero=True)
 def audit(
-    checkpoint: Annotated[str, typer.Argument(help="checkpoint folder, .gguf file, or hub id with --online")],
+    checkpoint: Checkpoint,
     records: Annotated[Path, typer.Option(help="records to look for: JSONL, CSV, Parquet or a datasets folder")],
     control: Annotated[Path | None, typer.Option(help="never-seen records of the same kind [drafted]")] = None,
     retain: Annotated[Path | None, typer.Option(help="data to measure beside the records")] = None,
     reference: Annotated[str | None, typer.Option(help="a checkpoint that never held the records")] = None,
     suite: Annotated[str, typer.Option(help="quick, standard, deep, or a YAML file")] = "standard",
     policy: Annotated[str, typer.Option(help="criteria: a policy name or YAML file")] = "default",
-    field: Field = None,
-    prompt_template: PromptTemplate = None,
-    completion_template: CompletionTemplate = None,
-    out: Out = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    batch_size: BatchSize = None,
-    display: DisplayName = None,
-    online: Online = None,
-    allow_pickle: Pickle = False,
-    trust_remote_code: Remote = False,
-    exit_zero: ExitZero = False,
+    *,
+    out: Path | None,
+    format: RecordFormat,
+    options: Options,
+    shown: Display,
+    exit_zero: bool,
 ) -> None:
     """Does the checkpoint hold these records?"""
-    options = _options(device, dtype, seed, batch_size, online, allow_pickle, trust_remote_code)
-    shown = _display(display)
     from unlearn import api
 
     run = api.audit(
@@ -167,7 +206,7 @@ def audit(
         reference=reference,
         suite=suite,
         policy=policy,
-        format=_format(field, prompt_template, completion_template),
+        format=format,
         out=out,
         options=options,
         display=shown,
@@ -176,24 +215,18 @@ def audit(
 
 
 @app.command()
+@shared(exit_zero=True)
 def forget(
     request: Annotated[Path | None, typer.Argument(help="request file; `unlearn init` writes a commented one")] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="say what would be done, edit nothing")] = False,
-    out: Out = None,
     resume: Annotated[Path | None, typer.Option(help="go on with an interrupted run folder")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    batch_size: BatchSize = None,
-    display: DisplayName = None,
-    online: Online = None,
-    allow_pickle: Pickle = False,
-    trust_remote_code: Remote = False,
-    exit_zero: ExitZero = False,
+    *,
+    out: Path | None,
+    options: Options,
+    shown: Display,
+    exit_zero: bool,
 ) -> None:
     """Edit a copy of a checkpoint so that records are no longer in it, attack the copy, decide."""
-    options = _options(device, dtype, seed, batch_size, online, allow_pickle, trust_remote_code)
-    shown = _display(display)
     if request is None and resume is None:
         raise UsageError("expected a request file or --resume RUN, found neither; `unlearn init` writes a request")
     if resume is not None and (plan_only or out is not None):
@@ -207,6 +240,219 @@ def forget(
         shown.result(plan_text(planned), planned)
         return
     _finish(api.forget(request, out=out, resume=resume, options=options, display=shown), shown, exit_zero)
+
+
+@app.command()
+@shared(formats=True)
+def edit(
+    method: Annotated[str, typer.Argument(help="method preset or YAML file; `unlearn ls editors` lists them")],
+    checkpoint: Checkpoint,
+    retain: Annotated[Path | None, typer.Option(help="data whose behaviour must stay")] = None,
+    records: Annotated[Path | None, typer.Option(help="records to forget, for methods that need them")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of a parameter; repeatable")] = None,
+    *,
+    out: Path | None,
+    format: RecordFormat,
+    options: Options,
+    shown: Display,
+) -> None:
+    """Write an edited copy with one editor and measure nothing; `forget` is what audits an edit."""
+    from unlearn import api
+
+    run = api.edit(
+        method,
+        checkpoint,
+        retain=retain,
+        records=records,
+        overrides=_assignments(set_),
+        format=format,
+        out=out,
+        options=options,
+        display=shown,
+    )
+    _show(run, shown)
+
+
+def _assignments(pairs: list[str] | None) -> dict[str, Any]:
+    """`--set NAME=VALUE`, values read as YAML."""
+    import yaml
+
+    found = {}
+    for name, equals, text in (entry.partition("=") for entry in pairs or []):
+        if not (name and equals):
+            raise UsageError("expected --set NAME=VALUE, as in --set rho=0.6, found another form")
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError("expected a YAML value after --set NAME=, found something else; quote it") from None
+    return found
+
+
+def _show(run: Any, shown: Display) -> None:
+    from unlearn.summary import result_data, result_text
+
+    shown.result(result_text(run), result_data(run))
+
+
+def _settings(**chosen: Any) -> dict[str, Any]:
+    """Options that were given."""
+    return {name: value for name, value in chosen.items() if value is not None and value != []}
+
+
+def _blocks(text: str | None) -> str | list[int] | None:
+    """`auto`, `all`, `model`, or indices such as `0,3-5,-1`."""
+    if text is None or text.isalpha():
+        return text
+    found: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-") if not part.strip().startswith("-") else (part.strip(), "", "")
+        try:
+            found += range(int(low), int(high) + 1) if dash else [int(low)]
+        except ValueError:
+            raise UsageError("expected --blocks as in 0,3-5,-1, found something else") from None
+    return found
+
+
+@probe_app.command("kfac")
+@shared(formats=True)
+def probe_kfac(
+    checkpoint: Checkpoint,
+    data: Annotated[Path, typer.Option(help="what curvature is measured on: ordinary data of the model's kind")],
+    records: Annotated[Path | None, typer.Option(help="records to score for memorisation")] = None,
+    control: Annotated[Path | None, typer.Option(help="never-seen records to score beside them")] = None,
+    blocks: Annotated[str | None, typer.Option(help="auto, all, or indices such as 0,3-5,-1 [auto]")] = None,
+    role: Annotated[list[str] | None, typer.Option(help="gate, up, down, q, ...; repeatable [the editor's]")] = None,
+    module: Annotated[list[str] | None, typer.Option(help="glob of module paths, instead; repeatable")] = None,
+    labels: Annotated[str | None, typer.Option(help="sampled from the model, or gold [sampled]")] = None,
+    positions: Annotated[str | None, typer.Option(help="all, predicting, first [all]")] = None,
+    rho: Annotated[float | None, typer.Option(help="curvature mass above the cut [0.6]")] = None,
+    correction: Annotated[str | None, typer.Option(help="none or ekfac [none]")] = None,
+    memory_mb: Annotated[int | None, typer.Option(help="memory for factors; more passes where it is short")] = None,
+    factors: Annotated[Path | None, typer.Option(help="use this factor file instead of measuring")] = None,
+    save_factors: Annotated[Path | None, typer.Option(help="write the factors to this file")] = None,
+    *,
+    out: Path | None,
+    format: RecordFormat,
+    options: Options,
+    shown: Display,
+) -> None:
+    """Kronecker-factored curvature: spectra, the cut an edit would make, a score for each record."""
+    from unlearn import api
+
+    settings = _settings(
+        blocks=_blocks(blocks),
+        roles=role,
+        modules=module,
+        labels=labels,
+        positions=positions,
+        rho=rho,
+        correction=correction,
+        memory_mb=memory_mb,
+    )
+    run = api.probe(
+        "kfac",
+        checkpoint,
+        data=data,
+        records=records,
+        control=control,
+        settings=settings,
+        factors=factors,
+        save_factors=save_factors,
+        format=format,
+        out=out,
+        options=options,
+        display=shown,
+    )
+    _show(run, shown)
+
+
+@probe_app.command("spectrum")
+@shared(formats=True)
+def probe_spectrum(
+    checkpoint: Checkpoint,
+    data: Annotated[Path, typer.Option(help="records whose mean loss is looked at")],
+    operator: Annotated[str | None, typer.Option(help="ggn or hessian [ggn]")] = None,
+    blocks: Annotated[str | None, typer.Option(help="model, all, or indices such as 0,3-5,-1 [-1]")] = None,
+    largest: Annotated[int | None, typer.Option(help="eigenvalues from the upper end [5]")] = None,
+    smallest: Annotated[int | None, typer.Option(help="eigenvalues from the lower end, hessian only [2]")] = None,
+    samples: Annotated[int | None, typer.Option(help="random vectors for density and trace [4]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Lanczos steps a vector [20]")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="records of the data to use, from the first on [16]")] = None,
+    memory_mb: Annotated[int | None, typer.Option(help="memory for the Lanczos vectors [4096]")] = None,
+    *,
+    out: Path | None,
+    format: RecordFormat,
+    options: Options,
+    shown: Display,
+) -> None:
+    """Eigenvalues, density and trace of the Hessian or the generalised Gauss-Newton matrix."""
+    from unlearn import api
+
+    settings = _settings(
+        operator=operator,
+        blocks=_blocks(blocks),
+        largest=largest,
+        smallest=smallest,
+        samples=samples,
+        steps=steps,
+        records=n,
+        memory_mb=memory_mb,
+    )
+    run = api.probe(
+        "spectrum", checkpoint, data=data, settings=settings, format=format, out=out, options=options, display=shown
+    )
+    _show(run, shown)
+
+
+@probe_app.command("localise")
+@shared(formats=True)
+def probe_localise(
+    checkpoint: Checkpoint,
+    records: Annotated[Path, typer.Option(help="records whose completions are traced")],
+    data: Annotated[Path | None, typer.Option(help="ordinary data: what an ablated neuron is set to")] = None,
+    training: Annotated[Path | None, typer.Option(help="training records whose influence is wanted")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="records to trace, the most probable first [8]")] = None,
+    steps: Annotated[int | None, typer.Option(help="steps of the integrated gradients [32]")] = None,
+    neurons: Annotated[int | None, typer.Option(help="neurons to list and to ablate [20]")] = None,
+    draws: Annotated[int | None, typer.Option(help="random sets of neurons to compare with [5]")] = None,
+    influence: Annotated[int | None, typer.Option(help="training records to list [5]")] = None,
+    *,
+    out: Path | None,
+    format: RecordFormat,
+    options: Options,
+    shown: Display,
+) -> None:
+    """Which prompt positions, layers and neurons bring a record out, and what training lies behind it."""
+    from unlearn import api
+
+    run = api.probe(
+        "localise",
+        checkpoint,
+        records=records,
+        data=data,
+        training=training,
+        settings=_settings(records=n, steps=steps, neurons=neurons, draws=draws, influence=influence),
+        format=format,
+        out=out,
+        options=options,
+        display=shown,
+    )
+    _show(run, shown)
+
+
+@probe_app.command("condition")
+@shared()
+def probe_condition(
+    checkpoint: Checkpoint,
+    *,
+    out: Path | None,
+    options: Options,
+    shown: Display,
+) -> None:
+    """Condition number, stable rank and effective rank of every weight matrix; needs no data."""
+    from unlearn import api
+
+    _show(api.probe("condition", checkpoint, out=out, options=options, display=shown), shown)
 
 
 @app.command()

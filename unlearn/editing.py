@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+from probes.errors import UsageError
 from unlearn.editors.base import EditContext, Editor, make_editor
 from unlearn.runs.job import Job
 from unlearn.workspace import Workspace
@@ -67,6 +68,7 @@ def write_copy(workspace: Workspace) -> None:
     run.event("importances", **{name: note.get("reused") for name, note in result.importances.items()})
     plan = {
         "method": method,
+        "audited": job.kind == "forget",
         "warnings": result.warnings,
         "tensors": [delta.name for delta in result.deltas],
         "importances": {
@@ -109,3 +111,30 @@ def _places(workspace: Workspace, model_map: ModelMap) -> dict[str, tuple[int | 
     return {
         disk: (model_map.block_of(name), model_map.role_of(name)) for name, places in names.items() for disk in places
     }
+
+
+class EditRun(Workspace):
+    """One edit without an audit in flight: inputs, sets, edit."""
+
+    def execute(self) -> None:
+        """Run every stage that is not done yet."""
+        self.stage("inputs", self._inputs)
+        self.stage("sets", lambda: self.summarise(self.given(), {}))
+        self.stage("edit", lambda: write_copy(self))
+        self.release()
+
+    def detail(self, name: str) -> str:
+        """What a stage does, for the display."""
+        method = self.job.method["name"] if self.job.method else ""
+        return {"inputs": "digests, record files", "edit": f"{method} on a copy, no audit"}.get(name, "")
+
+    def _inputs(self) -> None:
+        editor = editor_of(self.job)
+        given = {*self.job.sources, *self.live.records}
+        for role, needed in (("retain", editor.needs_retain), ("records", editor.needs_forget)):
+            if needed and role not in given:
+                raise UsageError(f"expected --{role} for {editor.name}, which measures it, found none")
+        self.checkpoint("checkpoint")
+        self.freeze()
+        self.identify("checkpoint")
+        self.describe_run(method=self.job.method)

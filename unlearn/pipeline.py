@@ -3,6 +3,7 @@
     inputs     digests, record files read and checked, criteria sealed      (no model)
     sets       control and retain sets drafted where none were given; everything tokenised once
     before     the checkpoint on the records, the control set, the retain set      arms O and N
+    probes     the suite's probes look inside the checkpoint                       (where the suite has some)
     reference  the reference on the same records                                   arm R
     edit       the editor writes an edited copy                                    (forget only)
     after      the copy on the same sets                                           arms U and N
@@ -26,8 +27,10 @@ from unlearn.editing import editor_of, write_copy
 from unlearn.evidence import criteria as judging
 from unlearn.evidence import measure
 from unlearn.evidence.measure import Measured, Record, Settings
+from unlearn.probing.run import run_probes
 from unlearn.records import draft
 from unlearn.requests.presets import criteria_digest
+from unlearn.requests.probes import NEEDS
 from unlearn.runs.job import ROLES
 from unlearn.workspace import Workspace
 
@@ -54,6 +57,8 @@ class Pipeline(Workspace):
         self.stage("inputs", self._inputs)
         self.stage("sets", self._draft_sets)
         self.stage("before", lambda: self._measure("before", "checkpoint", ROLES))
+        if self.job.suite["probes"]:
+            self.stage("probes", self._probes)
         if self.job.reference is not None:
             self.stage("reference", lambda: self._measure("reference", "reference", ("records", "retain")))
         if self.job.kind == "forget":
@@ -73,6 +78,7 @@ class Pipeline(Workspace):
         sizes = ", ".join(f"{sets[role]['n']} {role}" for role in ROLES if sets[role]["n"])
         return {
             "before": f"as given: {sizes}",
+            "probes": ", ".join(settings["name"] for settings in self.job.suite["probes"]),
             "reference": "a checkpoint that never held the records",
             "edit": f"{self.job.method['name']} on a copy" if self.job.method else "",
             "after": f"edited: {sizes}",
@@ -121,7 +127,8 @@ class Pipeline(Workspace):
         if "control" not in sets and from_files:
             control = draft.draft_control(self.raw("records"), self.job.options.seed)
             drafted["control"] = self._add(sets, "control", control)
-        if self.job.kind == "forget" and "retain" not in sets and from_files:
+        needed = self.job.kind == "forget" or any("retain" in NEEDS[p["name"]] for p in self.job.suite["probes"])
+        if needed and "retain" not in sets and from_files:
             made = draft.draft_retain(
                 self.loaded("checkpoint").model,
                 checkpoint.load_tokenizer(),
@@ -147,6 +154,9 @@ class Pipeline(Workspace):
         measured = measure.measure(self.loaded(which), sets, self.settings(), self.progress)
         measured.attacks = self._attacks(measured.task)
         measure.write(self.run, folder, measured, self.pseudonym)
+
+    def _probes(self) -> None:
+        self.run.write_json("probes/not_run.json", run_probes(self))
 
     def _attacks(self, task: str) -> list[dict[str, Any]]:
         """The suite's attacks: what the one pass ran, and what was not run and why."""
@@ -243,6 +253,8 @@ class Pipeline(Workspace):
                 f"Figures hold for {self.job.options.dtype} on {self.device}; other arithmetic can differ near ties."
             )
         limits += [sentence for role in ROLES for sentence in sets[role]["limits"]]
+        if self.job.suite["probes"]:
+            limits += self.run.read_json("probes/not_run.json")
         if not sets["control"]["n"]:
             limits.append("No control set was measured, so no figure could be compared with never-seen records.")
         if self.job.kind == "forget" and not sets["retain"]["n"]:

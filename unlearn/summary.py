@@ -108,6 +108,119 @@ def summary_data(run: Run) -> dict[str, Any]:
     }
 
 
+def _digits(value: Any) -> str:
+    """Three digits, for numbers of any size."""
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _rows(header: tuple[str, ...], rows: Sequence[tuple[Any, ...]], shown: int = 12) -> list[str]:
+    """A table of the first few rows; the rest is counted."""
+    cut = [tuple(cell if isinstance(cell, str) else _digits(cell) for cell in row) for row in rows[:shown]]
+    more = [f"... and {len(rows) - shown} more in probes/"] if len(rows) > shown else []
+    return ["", *_table(header, cut), *more] if cut else []
+
+
+def _place(row: dict[str, Any]) -> str:
+    """Block and role of a matrix: `block 3 gate`; its name where it is in no block."""
+    expert = f" expert {row['expert']}" if row.get("expert") is not None else ""
+    where = f"block {row['block']}" if row["block"] is not None else row.get("name", row.get("module", "outside"))
+    return f"{where} {row['role'] or ''}".strip() + expert
+
+
+def _kfac_text(found: dict[str, Any]) -> list[str]:
+    rows = [
+        (
+            _place(row),
+            row["cut"]["kept_pairs"] / row["cut"]["pairs"],
+            row["cut"]["kept_norm"],
+            row["cut"]["predicted_rise"],
+            row["overlap_a"],
+            row["overlap_g"],
+        )
+        for row in found["modules"]
+    ]
+    rho = found["settings"]["rho"]
+    lines = [f"{found['data']['n_positions']:,} positions of {found['data']['n_records']:,} records; cut at rho {rho}"]
+    lines += _rows(("module", "pairs kept", "norm kept", "loss rise", "overlap A", "overlap G"), rows)
+    if found["records"]:
+        auc = found["records"]["auc"]
+        lines += ["", f"memorisation score, {found['records']['n']} records: AUC against control {_cell(auc)}"]
+    return lines
+
+
+def _spectrum_text(found: dict[str, Any]) -> list[str]:
+    rows = [
+        (
+            row["name"],
+            row["parameters"],
+            row["trace"]["value"],
+            row["largest"][0] if row["largest"] else None,
+            row["smallest"][-1] if row["smallest"] else None,
+            row["negative_share"],
+        )
+        for row in found["operators"]
+    ]
+    return _rows(("operator", "parameters", "trace", "largest", "smallest", "negative"), rows)
+
+
+def _localise_text(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in found["records"]:
+        layer = max(row["layers"], key=lambda cell: abs(cell["score"]), default=None)
+        strongest = f"block {layer['block']} {layer['module'].replace('_', '-')}" if layer else "-"
+        ablation = row["ablation"] or {}
+        rows.append((row["id"], row["log_prob"], strongest, ablation.get("top"), ablation.get("random")))
+    return _rows(("record", "log p", "strongest layer", "ablated: top", "random"), rows)
+
+
+def _condition_text(found: dict[str, Any]) -> list[str]:
+    worst = sorted(found["tensors"], key=lambda row: -(row["kappa_relative"] or float("inf")))
+    rows = [(_place(row), row["kappa"], row["kappa_relative"], row["stable_rank"]) for row in worst]
+    return _rows(("matrix", "condition", "to Gaussian", "stable rank"), rows, 8)
+
+
+_PROBES = {
+    "kfac": _kfac_text,
+    "spectrum": _spectrum_text,
+    "localise": _localise_text,
+    "condition": _condition_text,
+}
+
+
+def _probes_of(run: Run) -> dict[str, dict[str, Any]]:
+    """Results of the probes that ran, by name."""
+    found = {name: run._read(f"probes/{name}.json") for name in _PROBES}
+    return {name: result for name, result in found.items() if result}
+
+
+def result_text(run: Run) -> str:
+    """The terminal summary of a probe or edit run."""
+    lines = []
+    for name, found in _probes_of(run).items():
+        lines += _PROBES[name](found) + [line for text in found["warnings"] for line in _wrapped(text)]
+    plan, delta = run._read("edit/plan.json"), run._read("edit/delta.json")
+    if delta:
+        share = delta["changed_elements"] / max(1, delta["total_elements"])
+        changed = sum(row["changed"] > 0 for row in delta["tensors"])
+        lines += [f"{plan['method']['name']}: {changed} tensors changed, {share:.2%} of all weights"]
+        lines += [line for text in plan["warnings"] for line in _wrapped(text)]
+        lines += ["not audited: `unlearn forget` measures what an edit does", f"edited copy: {run.checkpoint}"]
+    page = run.path / "report" / "probe.html"
+    return "\n".join([*lines, "", f"report: {page}"] if page.is_file() else lines)
+
+
+def result_data(run: Run) -> dict[str, Any]:
+    """The same for `--display json`."""
+    page = run.path / "report" / "probe.html"
+    return {
+        "run": str(run.path),
+        "probes": _probes_of(run),
+        "checkpoint": str(run.checkpoint) if run.checkpoint else None,
+        "report": str(page) if page.is_file() else None,
+        "exit_code": run.exit_code,
+    }
+
+
 def plan_text(planned: dict[str, Any]) -> str:
     """The terminal form of a plan."""
     passes = ", ".join(f"{count} {kind}" for kind, count in planned["passes"].items())

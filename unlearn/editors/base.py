@@ -82,6 +82,7 @@ class Editor(Protocol):
     version: ClassVar[str]
     paper: ClassVar[str]
     needs_retain: ClassVar[bool]
+    needs_forget: ClassVar[bool]
 
     def __init__(self, parameters: dict[str, Any]) -> None:
         """Validate parameters.

@@ -345,6 +345,7 @@ class SSDEditor:
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv 2308.07707"
     needs_retain: ClassVar[bool] = True
+    needs_forget: ClassVar[bool] = True
 
     def __init__(self, parameters: dict[str, Any]) -> None:
         """Validate parameters.

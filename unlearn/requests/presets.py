@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from unlearn.requests.probes import Probes
 from unlearn.requests.yamlfile import Schema, parse, read_yaml
 from unlearn.resources import config_names, config_path
 
@@ -200,7 +201,7 @@ class Attack(Schema):
 
 
 class Suite(Schema):
-    """Which attacks run, and how."""
+    """Which attacks and probes run, and how."""
 
     schema_: Literal["unlearn.suite/v1"] = Field(alias="schema")
     name: Text
@@ -210,6 +211,7 @@ class Suite(Schema):
     noise_floor: NoiseFloor
     generate_batch: Annotated[StrictInt, Field(ge=1)] = 1
     attacks: Annotated[tuple[Attack, ...], AfterValidator(_some)]
+    probes: Probes = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -210,12 +210,15 @@ _WORDS = {
     "model_attributes_type": "expected a mapping",
     "timezone_aware": "expected a time with its zone, as in 2026-11-03T09:12:00Z",
     "none_required": "expected nothing",
+    "union_tag_not_found": "expected a `name`",
 }
 
 
 def _words(kind: str, context: Mapping[str, Any]) -> str:
     if kind == "value_error":
         return str(context["error"])  # our own validators, which quote nothing
+    if kind == "union_tag_invalid":
+        return f"expected a `name` among {context['expected_tags']}"
     if kind == "literal_error":
         return f"expected one of {context['expected']}"
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):

@@ -80,25 +80,26 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One audit or forget run.
+    """One run.
 
     Attributes:
-        kind: `audit` or `forget`.
+        kind: `audit`, `forget`, `probe` (look inside, judge nothing) or `edit` (a copy without an audit).
         checkpoint: path or hub id of the checkpoint; `live` for a module in memory.
         sources: record sets that were given, by role.
-        criteria: what is judged, fixed before any model is loaded.
-        suite: the resolved suite.
+        criteria: what is judged, by kind of model, fixed before any model is loaded.
+        suite: the resolved suite; of a probe run its `probes` alone.
         options: see `Options`.
         reference: path or hub id of the reference checkpoint.
         reference_kind: what the reference is.
-        method: editor name and parameters, for `forget`.
+        method: editor name and parameters, for `forget` and `edit`.
         request: the redacted request, for the report.
         policy: name of the policy the criteria come from, or `request`.
         expected: tensor digests the request states, by `checkpoint` and `reference`.
         sha256: digests of record files the request states, by role.
+        factors: curvature factor files of a probe run: one to `read`, one to `write`.
     """
 
-    kind: Literal["audit", "forget"]
+    kind: Literal["audit", "forget", "probe", "edit"]
     checkpoint: str
     sources: dict[str, Source]
     criteria: dict[str, tuple[Criterion, ...]]
@@ -111,6 +112,7 @@ class Job:
     policy: str = "default"
     expected: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
+    factors: dict[str, str] = field(default_factory=dict)
 
     def dump(self) -> dict[str, Any]:
         """As JSON values."""

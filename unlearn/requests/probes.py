@@ -1,0 +1,146 @@
+"""What a probe run is asked for: the settings of each probe, as a suite writes them and the command line fills them in.
+
+Checked without a model library; the defaults are the settings of `unlearn probe`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, StrictInt
+
+from probes.errors import UsageError
+from unlearn.mistakes import Mistakes
+from unlearn.requests.yamlfile import Document, Schema, parse
+
+Count = Annotated[StrictInt, Field(ge=1)]
+Share = Annotated[float, Field(strict=True, gt=0, le=1)]
+
+
+def _blocks(*words: str) -> BeforeValidator:
+    """One mistake for what is neither one of the words nor a list of block indices."""
+
+    def check(value: object) -> object:
+        if isinstance(value, str) and value in words:
+            return value
+        if isinstance(value, (list, tuple)) and value and all(type(item) is int for item in value):
+            return tuple(value)
+        raise ValueError(f"expected {', '.join(words)}, or a list of block indices")
+
+    return BeforeValidator(check)
+
+
+class KfacProbe(Schema):
+    """Kronecker-factored curvature: spectra with the cut an edit would make, and a score for each record.
+
+    Attributes:
+        blocks: "auto" for those the kfac editor would edit, "all", or indices (negative ones count from the end).
+        roles: projections of the blocks by role; empty for the editor's choice.
+        modules: globs of module paths, instead of blocks and roles.
+        labels: drawn from the model (the Fisher information) or the data's own.
+        positions: which activations count.
+        rho: share of the curvature mass below which component pairs are cut off.
+        correction: "ekfac" measures the eigenvalues in a second pass.
+        batch_tokens: padded tokens a batch.
+        memory_mb: memory for the factors; modules that do not fit together take further passes.
+    """
+
+    name: Literal["kfac"] = "kfac"
+    blocks: Annotated[Literal["auto", "all"] | tuple[int, ...], _blocks("auto", "all")] = "auto"
+    roles: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    labels: Literal["sampled", "gold"] = "sampled"
+    positions: Literal["all", "predicting", "first"] = "all"
+    rho: Share = 0.6
+    correction: Literal["none", "ekfac"] = "none"
+    batch_tokens: Count | None = None
+    memory_mb: Count | None = None
+
+
+class SpectrumProbe(Schema):
+    """Eigenvalues, density and trace of the Hessian or the generalised Gauss-Newton matrix.
+
+    Attributes:
+        operator: "ggn" (positive semi-definite) or "hessian".
+        blocks: "model" for all weights at once, "all" for each block by itself, or indices.
+        largest: eigenvalues from the upper end.
+        smallest: eigenvalues from the lower end; of the Hessian only.
+        samples: random vectors for density and trace.
+        steps: Lanczos steps a vector.
+        records: how many records of the data are used, from the first on.
+        memory_mb: for the Lanczos vectors.
+    """
+
+    name: Literal["spectrum"] = "spectrum"
+    operator: Literal["ggn", "hessian"] = "ggn"
+    blocks: Annotated[Literal["model", "all"] | tuple[int, ...], _blocks("model", "all")] = (-1,)
+    largest: Annotated[StrictInt, Field(ge=0)] = 5
+    smallest: Annotated[StrictInt, Field(ge=0)] = 2
+    samples: Annotated[StrictInt, Field(ge=2)] = 4
+    steps: Annotated[StrictInt, Field(ge=2)] = 20
+    records: Count = 16
+    memory_mb: Count = 4096
+
+
+class LocaliseProbe(Schema):
+    """Which prompt positions, layers and neurons bring a record out, and which training records lie behind it.
+
+    Attributes:
+        records: how many, those the model finds most probable first.
+        steps: of the integrated gradients.
+        neurons: how many of the strongest feed-forward neurons are listed and ablated.
+        draws: random sets of neurons to compare the ablation with.
+        influence: how many training records are listed, where a training set is given.
+    """
+
+    name: Literal["localise"] = "localise"
+    records: Count = 8
+    steps: Annotated[StrictInt, Field(ge=2)] = 32
+    neurons: Count = 20
+    draws: Annotated[StrictInt, Field(ge=2)] = 5
+    influence: Count = 5
+
+
+class ConditionProbe(Schema):
+    """Condition number, stable and effective rank of every weight matrix; needs no data."""
+
+    name: Literal["condition"] = "condition"
+
+
+Probe = Annotated[KfacProbe | SpectrumProbe | LocaliseProbe | ConditionProbe, Field(discriminator="name")]
+PROBES: dict[str, type[Schema]] = {
+    "kfac": KfacProbe,
+    "spectrum": SpectrumProbe,
+    "localise": LocaliseProbe,
+    "condition": ConditionProbe,
+}
+# The record sets a probe cannot do without, and those it uses where they are given.
+NEEDS = {"kfac": ("retain",), "spectrum": ("retain",), "localise": ("records",), "condition": ()}
+USES = {"kfac": ("records", "control"), "spectrum": (), "localise": ("retain", "training"), "condition": ()}
+
+
+def once_each(probes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Refuse a probe named twice.
+
+    Raises:
+        ValueError: in words for `unlearn.requests.yamlfile`.
+    """
+    if len({probe.name for probe in probes}) < len(probes):
+        raise ValueError("expected each probe once")
+    return probes
+
+
+Probes = Annotated[tuple[Probe, ...], AfterValidator(once_each)]
+
+
+def probe_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Checked settings of one probe, defaults filled in, as a suite would hold them.
+
+    Raises:
+        UsageError: an unknown probe, or every mistake in its settings.
+    """
+    if name not in PROBES:
+        raise UsageError(f"expected a probe among {', '.join(PROBES)}, found another name; see `unlearn ls probes`")
+    document = Document(name, Path(), {"name": name} | settings, {}, Mistakes(name))
+    return parse(document, PROBES[name]).model_dump(mode="json")
