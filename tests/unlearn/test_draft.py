@@ -159,7 +159,7 @@ def test_a_control_set_of_customers_is_another_set_of_customers() -> None:
         assert abs(len(str(new.completion)) - len(str(old.completion))) <= 12
     assert [record.id for record in made.records] == [f"control-{i}" for i in range(1, 31)]
     assert "30 of 30" in made.limits[0]
-    assert "understate" in made.limits[1]
+    assert "either way" in made.limits[1]
 
 
 def test_a_control_set_depends_on_the_seed_alone() -> None:

@@ -2,8 +2,8 @@
 
 Control: each record with its names, numbers, dates and identifiers swapped (`unlearn.records.swap`): never seen by
 construction, alike in length and style. The wording around what was swapped is the record's own, and a model that
-knows the record knows that wording too; so the control runs high, and a difference to it understates what the model
-holds.
+knows the record knows that wording too, which makes differences to the control too small; random specifics can be
+unlikely in themselves, which makes them too large.
 
 Retain: half is what the model says of its own accord after generic openings, half what it says near the records, after
 their own prompts with the specifics swapped. A sample that repeats a passage, a full name or an identifier of a record
@@ -106,7 +106,8 @@ def draft_control(records: Sequence[RawRecord], seed: int, *, min_share: float =
     if drafted:
         limits.append(
             f"On average {sum(shares) / len(shares):.0%} of a drafted completion was swapped; the rest is the record's "
-            "own wording, so differences to the control set understate what the checkpoint holds."
+            "own wording. A difference to this set can mislead either way: shared wording makes it too small, specifics "
+            "that are unlikely in themselves too large."
         )
     if skipped:
         limits.append(f"{skipped} records held too little to swap and have no control record.")
