@@ -106,8 +106,8 @@ def draft_control(records: Sequence[RawRecord], seed: int, *, min_share: float =
     if drafted:
         limits.append(
             f"On average {sum(shares) / len(shares):.0%} of a drafted completion was swapped; the rest is the record's "
-            "own wording. A difference to this set can mislead either way: shared wording makes it too small, specifics "
-            "that are unlikely in themselves too large."
+            "own wording. A difference to this set can mislead either way: shared wording makes it too small, "
+            "specifics that are unlikely in themselves too large."
         )
     if skipped:
         limits.append(f"{skipped} records held too little to swap and have no control record.")
