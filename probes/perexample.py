@@ -3,8 +3,8 @@
 A linear map y = x W^T whose module runs once on a batch, one row per example, has the per-example weight gradient
 G_b = g_b^T x_b, with x_b [P, I] what went in and g_b [P, O] the gradient that came back. So sum_b G_b^2 (element by
 element) needs no backward pass per example, only x and g, which hooks see; with one position it is (g^2)^T x^2. The
-bias has sum_p g_bp. `Conv1D` keeps the transposed weight; a two-dimensional convolution is a linear map of unfolded
-patches. The arithmetic is that of the ordinary weight gradient, which autograd is spared in exchange.
+bias has sum_p g_bp. `Conv1D` keeps the transposed weight; a convolution is a linear map of unfolded patches. The
+arithmetic is that of the ordinary weight gradient, which autograd is spared in exchange.
 
 Shape letters: B examples, P positions per example, I and O in- and out-features, L and R rows and columns of a weight.
 """
@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
+from torch.nn.modules.conv import _ConvNd
 
 from probes.errors import UnsupportedError
 from probes.modelmap import ModelMap, Projection
+from probes.taps import is_linear_map, patches
 
 TILE_ELEMENTS = 1 << 20  # per-example gradients or unfolded patches at once on a CPU: 4 MB in fp32 stays in the cache
 
@@ -45,7 +45,7 @@ def separable(model: nn.Module, model_map: ModelMap | None, wanted: Collection[s
     owners = {
         name: projection
         for projection in model_map.linear_modules()
-        if _has_rule(model.get_submodule(projection.module))
+        if is_linear_map(model.get_submodule(projection.module))
         for name in (projection.parameter, projection.bias)
     }
     head = model_map.head if model_map.task == "causal_lm" else None  # `apart` takes care of a language model's head
@@ -57,13 +57,6 @@ def separable(model: nn.Module, model_map: ModelMap | None, wanted: Collection[s
         if owner.module != head:
             chosen[owner.module] = owner
     return Taps(model, list(chosen.values()), wanted)
-
-
-def _has_rule(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d):
-        plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        return plain and type(module).forward is nn.Conv2d.forward
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 class Taps:
@@ -127,15 +120,13 @@ class Taps:
 
     def _add(self, projection: Projection, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
         """Bring x and the output gradient to the form [B, P, I] and [B, P, O]."""
-        if not isinstance(module, nn.Conv2d):
+        if not isinstance(module, _ConvNd):
             inputs, outputs = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, gradient))
             self._add_linear(projection, inputs, outputs)
             return
-        geometry = (module.kernel_size, module.dilation, cast(Any, module.padding), module.stride)
         size = _at_once(projection.in_features * gradient[0, 0].numel(), x)
         for images, outputs in zip(_parts(x, size), _parts(gradient, size), strict=True):
-            patches = functional.unfold(images, *geometry)  # [B, I, P]
-            self._add_linear(projection, patches.transpose(1, 2), outputs.flatten(2).transpose(1, 2))
+            self._add_linear(projection, patches(module, images), outputs.flatten(2).transpose(1, 2))
 
     def _add_linear(self, projection: Projection, inputs: Tensor, outputs: Tensor) -> None:
         bias, weight = self._totals.get(projection.bias or ""), self._totals.get(projection.parameter)

@@ -11,10 +11,14 @@ KINDS = ("probes", "attacks", "editors", "suites")
 
 def _probes() -> list[tuple[str, str]]:
     return [
-        ("likelihood", "one teacher-forced pass: log-probability, rank, margin, mean and variance of log p per token"),
+        ("likelihood", "one teacher-forced pass: log p, rank, margin, moments of log p per token"),
         ("figures", "loss, extraction strength, Min-K%, Min-K%++, zlib, p_z from that pass"),
         ("classify", "label probability, margin, loss, entropy of an image classifier"),
         ("fisher", "diagonal Fisher information: batch, example, token, label-free"),
+        ("kfac", "Kronecker-factored curvature: spectra, the cut of an edit, a score per record"),
+        ("spectrum", "eigenvalues, density and trace of the Hessian or Gauss-Newton matrix"),
+        ("localise", "prompt positions, layers and neurons behind a record; influence of training"),
+        ("condition", "condition number, stable and effective rank of every weight matrix"),
     ]
 
 

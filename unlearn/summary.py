@@ -139,7 +139,7 @@ def _kfac_text(found: dict[str, Any]) -> list[str]:
         )
         for row in found["modules"]
     ]
-    rho = found["settings"]["rho"]
+    rho = found["modules"][0]["cut"]["rho"]
     lines = [f"{found['data']['n_positions']:,} positions of {found['data']['n_records']:,} records; cut at rho {rho}"]
     lines += _rows(("module", "pairs kept", "norm kept", "loss rise", "overlap A", "overlap G"), rows)
     if found["records"]:

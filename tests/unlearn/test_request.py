@@ -278,7 +278,7 @@ governance: {{retain_report_until: {CANARY}}}
         21: "`checkpoint.trained_on_records`: expected one of 'known', 'believed' or 'unknown'",
         22: "`control`: expected a mapping",
         23: "`retain.path` is missing",
-        24: "`method.name`: expected one of ssd",
+        24: "`method.name`: expected one of kfac, ssd, svd",
         25: "`suite`: expected one of deep, quick, standard",
         26: "`policy`: expected an existing file",
         28: "`criteria[1].metric`: expected one of ",
@@ -340,7 +340,7 @@ def test_times_must_be_in_order(folder: Path) -> None:
 
 
 def test_methods_are_registered_names_with_known_parameters(folder: Path) -> None:
-    for name in ("os.system", "unlearn.editors.ssd", "kfac"):
+    for name in ("os.system", "unlearn.editors.ssd", "scrub"):
         assert "`method.name`: expected one of" in wrong(write(folder, MINIMAL | {"method": {"name": name}}))[0]
     near = wrong(write(folder, MINIMAL | {"method": {"overrides": {"alpha": 1, "lamda": 1}}}))[0]
     assert near.startswith("request.yaml:")

@@ -26,7 +26,11 @@ Record = TokenRecord | ImageRecord
 Progress = Callable[[int, int], None]
 
 # Registered name -> where the class lives. Requests name editors by this name, never by an import path.
-EDITORS = {"ssd": "unlearn.editors.ssd:SSDEditor"}
+EDITORS = {
+    "kfac": "unlearn.editors.kfac:KFACEditor",
+    "ssd": "unlearn.editors.ssd:SSDEditor",
+    "svd": "unlearn.editors.svd:SVDEditor",
+}
 
 
 @dataclass(slots=True)
@@ -64,7 +68,8 @@ class EditResult:
         deltas: from `write_edited`.
         parameters: resolved hyper-parameters, automatic choices included.
         statistics: numbers about the edit, for `edit/delta.json`.
-        importances: how each statistic of the data was obtained: digests, counts, whether it was reused.
+        importances: how each statistic of the data (importances, curvature factors) was obtained: digests, counts,
+            whether it was reused.
         warnings: one line each, for the report.
     """
 

@@ -1,30 +1,23 @@
-"""Importances in a file: a safetensors file of fp32 tensors keyed by the names of a checkpoint's tensors on disk.
-
-What they were computed from stands in the file's one metadata key as canonical JSON, so equal importances have equal
-bytes. Tensors are read one at a time, which is what lets an edit stream through a checkpoint.
-"""
+"""Importances in a file: one fp32 tensor for each of a checkpoint's tensors on disk, under the same name."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from probes.errors import IntegrityError, ResourceError
+from probes.errors import IntegrityError
+from unlearn.editors.storedtensors import Kind, open_tensors, read_tensor, save_tensors
 
 if TYPE_CHECKING:
     from probes.fisher import Importance
 
-METADATA = "unlearn.importance"
+KIND = Kind("unlearn.importance", "an importance file", "importances")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +34,7 @@ class StoredImportance:
         Raises:
             IntegrityError: if it holds anything but finite non-negative numbers.
         """
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError):
-            raise _damaged(self.path) from None
+        tensor = read_tensor(self.path, name, KIND)
         if not bool(((tensor >= 0) & (tensor < math.inf)).all()):
             raise IntegrityError(
                 f"{self.path.name}: expected finite non-negative importances, found others in {name}; compute them "
@@ -65,18 +54,8 @@ def save_importance(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     Raises:
         ResourceError: the disk is full or cannot be written to.
     """
-    text = json.dumps(dict(metadata), sort_keys=True, allow_nan=False)
-    partial = path.with_name(f".{path.name}.partial")
-    stored = {name: tensor.to(device="cpu", dtype=torch.float32).contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(stored, partial, metadata={METADATA: text})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (SafetensorError, OSError):
-        partial.unlink(missing_ok=True)
-        raise ResourceError(f"{path}: cannot write importances; free some disk space or choose another place") from None
-    return StoredImportance(path, json.loads(text), frozenset(stored))
+    stored = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    return StoredImportance(path, save_tensors(path, stored, metadata, KIND), frozenset(stored))
 
 
 def load_importance(path: Path) -> StoredImportance:
@@ -85,16 +64,7 @@ def load_importance(path: Path) -> StoredImportance:
     Raises:
         IntegrityError: the file is damaged or is something else.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})[METADATA])
-            return StoredImportance(path, metadata, frozenset(file.keys()))
-    except (SafetensorError, OSError, KeyError, ValueError):
-        raise _damaged(path) from None
-
-
-def _damaged(path: Path) -> IntegrityError:
-    return IntegrityError(f"{path}: expected an importance file, found a damaged or other one; compute it again")
+    return StoredImportance(path, *open_tensors(path, KIND))
 
 
 def describe(measured: Importance) -> dict[str, Any]:

@@ -33,13 +33,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BeforeValidator, Field, StrictInt, model_validator
+from pydantic import Field, StrictInt, model_validator
 from torch import Tensor
 
 from probes.errors import IntegrityError, UnsupportedError, UsageError
@@ -47,6 +45,7 @@ from probes.fisher import importance
 from unlearn.checkpoints.checkpoint import write_edited
 from unlearn.editors.base import EditContext, EditResult, Record
 from unlearn.editors.importances import StoredImportance, describe, load_importance, save_importance
+from unlearn.editors.selection import number_or_auto, select_parameters
 from unlearn.mistakes import Mistakes
 from unlearn.records.tokens import data_digest
 from unlearn.requests.yamlfile import Document, Schema, parse
@@ -60,18 +59,6 @@ Pairs = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 Number = Annotated[float, Field(strict=True)]
 
 CHUNK = 1 << 22  # ratios ranked at once
-
-
-def _number_or_auto(accepts: Callable[[float], bool], what: str) -> BeforeValidator:
-    """One mistake for a value that is neither: a plain union of types would report one for each member."""
-
-    def check(value: object) -> object:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value != "auto" and not (number and math.isfinite(value) and accepts(value)):  # type: ignore[arg-type]
-            raise ValueError(f"expected {what}, or auto")
-        return value
-
-    return BeforeValidator(check)
 
 
 class SSDParameters(Schema):
@@ -94,12 +81,12 @@ class SSDParameters(Schema):
 
     estimator: Literal["example", "token", "batch", "label_free"] = "example"
     labels: Literal["gold", "sampled"] = "gold"
-    alpha: Annotated[float | Literal["auto"], _number_or_auto(lambda x: x >= 0, "a number from 0")] = "auto"
+    alpha: Annotated[float | Literal["auto"], number_or_auto(lambda x: x >= 0, "a number from 0")] = "auto"
     lambda_: Annotated[Number, Field(ge=0)] = Field(default=1.0, alias="lambda")
     floor: Annotated[Number, Field(ge=0, le=1)] = 0.0
     importance_scale: Scale = "retain"
     forget_fraction: Annotated[
-        float | Literal["auto"], _number_or_auto(lambda x: 0 < x <= 1, "a share above 0 and up to 1")
+        float | Literal["auto"], number_or_auto(lambda x: 0 < x <= 1, "a share above 0 and up to 1")
     ] = "auto"
     batch_size: Annotated[StrictInt, Field(ge=1)] = 64
     draws: Annotated[StrictInt, Field(ge=1)] = 1
@@ -246,35 +233,6 @@ def alpha_on_full_scale(alpha: float, w: float) -> float:
 def alpha_on_retain_scale(alpha: float, w: float) -> float:
     """The threshold on f / r that selects as `alpha` does on f / o; infinite from 1/w on, where nothing is selected."""
     return math.inf if alpha * w >= 1 else alpha * (1 - w) / (1 - alpha * w)
-
-
-def select_parameters(
-    names: Sequence[str], default_exclude: Iterable[str], include: Sequence[str], exclude: Sequence[str]
-) -> list[str]:
-    """Names of the parameters to edit, in the order of `names`.
-
-    Args:
-        names: all of the model's.
-        default_exclude: left alone unless `include` is given.
-        include: globs; where given they replace the default selection.
-        exclude: globs taken away from it.
-
-    Raises:
-        UsageError: if a glob matches nothing, or nothing is left.
-    """
-    for glob in (*include, *exclude):
-        if not any(fnmatchcase(name, glob) for name in names):
-            close = get_close_matches(glob, names, n=3, cutoff=0.3)
-            raise UsageError(
-                f"expected a glob of parameter names, found {glob!r} which matches none"
-                + (f"; close names: {', '.join(close)}" if close else "")
-            )
-    skipped = set(default_exclude)
-    chosen = [n for n in names if (any(fnmatchcase(n, g) for g in include) if include else n not in skipped)]
-    chosen = [n for n in chosen if not any(fnmatchcase(n, g) for g in exclude)]
-    if not chosen:
-        raise UsageError("expected parameters left to edit, found none; loosen include or exclude")
-    return chosen
 
 
 # ----------------------------------------------------------------------------------------------------------- the edit

@@ -15,7 +15,6 @@ from unlearn.mistakes import Mistakes
 from unlearn.requests.yamlfile import Document, Schema, parse
 
 Count = Annotated[StrictInt, Field(ge=1)]
-Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 
 def _blocks(*words: str) -> BeforeValidator:
@@ -31,6 +30,14 @@ def _blocks(*words: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+@BeforeValidator
+def _rho(value: object) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != "auto" and not (number and 0 < value <= 1):  # type: ignore[operator]
+        raise ValueError("expected a share above 0 and up to 1, or auto")
+    return value
+
+
 class KfacProbe(Schema):
     """Kronecker-factored curvature: spectra with the cut an edit would make, and a score for each record.
 
@@ -40,7 +47,7 @@ class KfacProbe(Schema):
         modules: globs of module paths, instead of blocks and roles.
         labels: drawn from the model (the Fisher information) or the data's own.
         positions: which activations count.
-        rho: share of the curvature mass below which component pairs are cut off.
+        rho: share of the curvature mass below which component pairs are cut off; "auto" is the editor's.
         correction: "ekfac" measures the eigenvalues in a second pass.
         batch_tokens: padded tokens a batch.
         memory_mb: memory for the factors; modules that do not fit together take further passes.
@@ -52,7 +59,7 @@ class KfacProbe(Schema):
     modules: tuple[str, ...] = ()
     labels: Literal["sampled", "gold"] = "sampled"
     positions: Literal["all", "predicting", "first"] = "all"
-    rho: Share = 0.6
+    rho: Annotated[float | Literal["auto"], _rho] = "auto"
     correction: Literal["none", "ekfac"] = "none"
     batch_tokens: Count | None = None
     memory_mb: Count | None = None
@@ -64,10 +71,10 @@ class SpectrumProbe(Schema):
     Attributes:
         operator: "ggn" (positive semi-definite) or "hessian".
         blocks: "model" for all weights at once, "all" for each block by itself, or indices.
-        largest: eigenvalues from the upper end.
-        smallest: eigenvalues from the lower end; of the Hessian only.
-        samples: random vectors for density and trace.
+        k: eigenvalues at each end; the GGN has no negative ones and gives the largest alone.
+        samples: random vectors for density, negative share and trace.
         steps: Lanczos steps a vector.
+        max_products: about the most products with a vector that the eigenvalues of one end may take.
         records: how many records of the data are used, from the first on.
         memory_mb: for the Lanczos vectors.
     """
@@ -75,10 +82,10 @@ class SpectrumProbe(Schema):
     name: Literal["spectrum"] = "spectrum"
     operator: Literal["ggn", "hessian"] = "ggn"
     blocks: Annotated[Literal["model", "all"] | tuple[int, ...], _blocks("model", "all")] = (-1,)
-    largest: Annotated[StrictInt, Field(ge=0)] = 5
-    smallest: Annotated[StrictInt, Field(ge=0)] = 2
+    k: Count = 5
     samples: Annotated[StrictInt, Field(ge=2)] = 4
     steps: Annotated[StrictInt, Field(ge=2)] = 20
+    max_products: Count = 200
     records: Count = 16
     memory_mb: Count = 4096
 

@@ -107,6 +107,8 @@ def _strangers(run: Path, outputs: dict[str, str]) -> Check:
 
 
 def _criteria(run: Path, events: list[dict[str, Any]]) -> Check:
+    if read_header(run)["kind"] not in ("audit", "forget"):
+        return Check("criteria", "skipped", "this run judges nothing")
     sealed = next((event["data"].get("digest") for event in events if event["event"] == "criteria.sealed"), None)
     path = run / "inputs" / "policy.json"
     if sealed is None or not path.is_file():
@@ -126,9 +128,9 @@ def _criteria(run: Path, events: list[dict[str, Any]]) -> Check:
 def _checkpoint(run: Path) -> Check:
     folder, delta = run / "edit" / "checkpoint", run / "edit" / "delta.json"
     if not delta.is_file():
-        audit = read_header(run)["kind"] == "audit"
+        edits = read_header(run)["kind"] in ("forget", "edit")
         return Check(
-            "edited checkpoint", "skipped", "this run edits nothing" if audit else "not written: an unfinished run"
+            "edited checkpoint", "skipped", "not written: an unfinished run" if edits else "this run edits nothing"
         )
     if not folder.is_dir():
         return Check("edited checkpoint", "failed", "the run wrote one, and it is not here")

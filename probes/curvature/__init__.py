@@ -1,0 +1,1 @@
+"""Curvature of the loss: Kronecker factors, their corrections, operators and the figures read from them."""
