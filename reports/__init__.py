@@ -9,8 +9,21 @@ Imports none of the toolkit's other packages and no model library.
 
 from __future__ import annotations
 
-from reports.build import ReportError, build
+from reports.build import build
 from reports.documents import AUDIENCES, FORMATS, check, load_report, write
-from reports.schema import SCHEMA, report_schema
+from reports.reading import ReportError
+from reports.schema import PROBE_SCHEMA, SCHEMA, probe_schema, report_schema
 
-__all__ = ["AUDIENCES", "FORMATS", "SCHEMA", "ReportError", "build", "check", "load_report", "report_schema", "write"]
+__all__ = [
+    "AUDIENCES",
+    "FORMATS",
+    "PROBE_SCHEMA",
+    "SCHEMA",
+    "ReportError",
+    "build",
+    "check",
+    "load_report",
+    "probe_schema",
+    "report_schema",
+    "write",
+]

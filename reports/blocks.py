@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from markupsafe import Markup
 
-from reports.text import Json, figure_parts, number
+from reports.text import Json, figure_parts, number, plain, sentence_case, short, words_of
 
 ROWS = 50
 TONES = {"met": "good", "criteria met": "good", "not met": "bad", "criteria not met": "bad", "inconclusive": "open"}
@@ -20,7 +20,7 @@ SYMBOLS = {"good": "✓", "bad": "✕", "open": "?"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One table cell: main text, an optional second line, a style (code, num) and a tone (good, bad, open, muted)."""
+    """One table cell: main text, optional further lines, a style (code, num) and a tone (good, bad, open, muted)."""
 
     text: str
     detail: str = ""
@@ -31,6 +31,11 @@ class Cell:
     def symbol(self) -> str:
         """Mark that carries the tone without colour."""
         return SYMBOLS.get(self.tone, "")
+
+    @property
+    def details(self) -> list[str]:
+        """The lines below the main text."""
+        return self.detail.split("\n") if self.detail else []
 
     @property
     def unbroken(self) -> bool:
@@ -93,6 +98,14 @@ class Prose:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The heading of a part of a section."""
+
+    kind: ClassVar[str] = "part"
+    title: str
+
+
+@dataclass(frozen=True)
 class Items:
     """A list under a short heading."""
 
@@ -134,7 +147,7 @@ class SignOff:
     blank: int = 3
 
 
-Block = Table | Chart | Prose | Items | Facts | Dates | Cards | SignOff
+Block = Table | Chart | Prose | Part | Items | Facts | Dates | Cards | SignOff
 
 
 @dataclass(frozen=True)
@@ -150,7 +163,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything a template needs."""
+    """Everything a template needs; without a verdict, the page of a run that decided nothing."""
 
     audience: str
     title: str
@@ -166,11 +179,12 @@ class Page:
     sections: Sequence[Section]
     appendix: Sequence[Section]
     digest: str
+    stem: str = "report"  # of the documents' names: report.json, report.html
 
     @property
     def symbol(self) -> str:
         """Mark that carries the verdict without colour."""
-        return SYMBOLS[self.tone]
+        return SYMBOLS.get(self.tone, "")
 
 
 def table(
@@ -180,11 +194,12 @@ def table(
     source: str = "",
     numeric: Iterable[int] = (),
     groups: Sequence[tuple[str, int]] = (),
+    most: int = ROWS,
 ) -> Table:
-    """A table of at most `ROWS` rows, group headings included; fixed text, which has no source, is never shortened."""
+    """A table of `most` rows at most, group headings included; fixed text, which has no source, is never shortened."""
     full = [line if isinstance(line, Line) else Line(line) for line in lines]
     total = sum(line.form != "group" for line in full)
-    kept = full[:ROWS] if source else full
+    kept = full[:most] if source else full
     shown = sum(line.form != "group" for line in kept)
     return Table(caption, columns, kept, source, total - shown, total, frozenset(numeric), groups)
 
@@ -205,3 +220,13 @@ def percent_cell(value: float | None) -> Cell:
     return Cell(
         "n/a" if value is None else f"{number(100 * value)} %" if value else "0 %", "", "num", "" if value else "muted"
     )
+
+
+def shape_cell(shape: Sequence[int]) -> Cell:
+    """`576 × 1,536`."""
+    return Cell(" × ".join(number(size) for size in shape))
+
+
+def fact_pairs(values: Json) -> list[tuple[str, Cell]]:
+    """Settings or statistics as label and value, 30 at most."""
+    return [(sentence_case(words_of(key)), Cell(short(plain(value), 200))) for key, value in list(values.items())[:30]]

@@ -10,17 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from reports.arms import measured_arms
-from reports.schema import SCHEMA
+from reports.probes import probe_results, record_figures
+from reports.reading import ReportError, figure_of, float_of, int_of, read, rows_of, text_of
+from reports.schema import PROBE_SCHEMA, SCHEMA
 from reports.text import CLAIM_LEVELS, VERDICTS, Json, clean, finite, tree
 
 RESIDUAL_FLOOR = 0.2
 DURABILITY = "recovery"  # first part of the names of attacks on an edit: recovery.relearning, recovery.pruning
 STAGES = ("before", "after", "reference")
+SETS = ("records", "control", "retain")
 _OUTSIDE_CUSTODY = {"private", "report", "attest", "run.json", "events.jsonl"}
 _GREEDY_RANK = {"extracted": 2, "uncertain": 1}
 _CHECKPOINT_KEYS = (
@@ -39,22 +42,14 @@ _CHECKPOINT_KEYS = (
 )
 
 
-class ReportError(Exception):
-    """A run folder cannot be reported on; `exit_code` is what the command line returns for it."""
-
-    def __init__(self, message: str, exit_code: int = 2) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 def build(run: Path) -> Json:
-    """The report of a run folder, as the dictionary that report.json holds.
+    """The report of a run folder, as the dictionary that report.json (of a probe run: probe.json) holds.
 
     Args:
-        run: run folder of an audit or a forget run, finished or not.
+        run: run folder of an audit, a forget run or a probe run, finished or not.
 
     Raises:
-        ReportError: if the folder is no run folder or a file in it is damaged.
+        ReportError: if the folder is no run folder, is one of an edit alone, or a file in it is damaged.
     """
     try:
         return _build(Path(run))
@@ -63,29 +58,35 @@ def build(run: Path) -> Json:
 
 
 def _build(run: Path) -> Json:
-    header = _read(run, "run.json")
+    header = read(run, "run.json")
     kind = header.get("kind")
+    if kind == "probe":
+        return _build_probe(run, header)
+    if kind == "edit":
+        raise ReportError(
+            "expected a run that measured something, found an edit alone, which tested nothing; audit its checkpoint "
+            "with `unlearn audit`, or edit and test in one run with `unlearn forget`"
+        )
     if kind not in ("audit", "forget"):
-        raise ReportError("expected kind audit or forget in run.json, found another; was this written by unlearn?")
+        raise ReportError(
+            "expected kind audit, forget or probe in run.json, found another; was this written by unlearn?"
+        )
     measured = {stage: _measurement(run, stage) for stage in STAGES}
-    paired = _read(run, "compare/paired.json", required=False)
-    decision = _read(run, "compare/criteria.json", required=False)
-    request = _read(run, "inputs/request.json", required=False)
+    paired = read(run, "compare/paired.json", required=False)
+    decision = read(run, "compare/criteria.json", required=False)
+    request = read(run, "inputs/request.json", required=False)
     custody = _custody(run, measured)
     attacks = _attacks(run, measured, paired.get("arms") or {})
-    versions = tree(header.get("versions") or {})
+    conditions = _conditions(run, header)
     return {
         "schema": SCHEMA,
-        "tool": {"name": "unlearn-audit", "version": str(versions.get("unlearn-audit", versions.get("unlearn", "")))},
-        "run": {
+        "tool": _tool(conditions),
+        "run": conditions
+        | {
             "kind": kind,
-            "seed": header.get("seed"),
-            "device": _text(header.get("device")),
-            "dtype": _text(header.get("dtype")),
-            "versions": versions,
-            "environment": tree(_read(run, "inputs/environment.json", required=False) or {}),
-            "sets": _sets(_read(run, "inputs/sets.json", required=False) or {}),
+            "sets": _sets(read(run, "inputs/sets.json", required=False), SETS),
             "measurements": measured,
+            "probes": probe_results(run),
         },
         "checkpoint": _checkpoints(run, measured, custody),
         "request": _request(request),
@@ -100,82 +101,87 @@ def _build(run: Path) -> Json:
     }
 
 
+def _build_probe(run: Path, header: Json) -> Json:
+    """The report of a run that only looked inside a checkpoint: no arms, no criteria, no verdict."""
+    results, sets = probe_results(run), read(run, "inputs/sets.json", required=False)
+    limits = [clean(str(text)) for row in sets.values() for text in (row or {}).get("limits") or []]
+    if not any(results.values()):
+        limits.append("The run stopped before a probe had finished.")
+    conditions = _conditions(run, header)
+    checkpoint = _checkpoint(read(run, "inputs/checkpoint.json"))
+    return {
+        "schema": PROBE_SCHEMA,
+        "tool": _tool(conditions),
+        "run": conditions
+        | {
+            "kind": "probe",
+            "sets": _sets(sets, [*SETS, *sorted(sets.keys() - set(SETS))]),
+            "config": tree(read(run, "inputs/config.json", required=False)),
+            "probes": results,
+        },
+        "checkpoint": {"before": checkpoint, "after": None, "reference": None},
+        "records": [
+            {"id": name, "n_tokens": int_of(row.pop("n_tokens", None)), "before": row}
+            for name, row in sorted(record_figures(run).items())
+        ],
+        "limits": limits,
+        "custody": _custody(run, {}) | {"tensor_digest_in": checkpoint["tensor_digest"]},
+    }
+
+
+def _conditions(run: Path, header: Json) -> Json:
+    """Under what the run ran; times and names of machines stay out."""
+    return {
+        "seed": header.get("seed"),
+        "device": text_of(header.get("device")),
+        "dtype": text_of(header.get("dtype")),
+        "versions": tree(header.get("versions") or {}),
+        "environment": tree(read(run, "inputs/environment.json", required=False)),
+    }
+
+
+def _tool(conditions: Json) -> Json:
+    versions = conditions["versions"]
+    return {"name": "unlearn-audit", "version": str(versions.get("unlearn-audit", versions.get("unlearn", "")))}
+
+
 def dumps(report: Json) -> bytes:
     """The bytes of report.json: sorted keys, two spaces, UTF-8, no NaN."""
     return (json.dumps(report, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _read(run: Path, name: str, *, required: bool = True) -> Json:
-    """A JSON object of the run folder; {} if it is absent and not required."""
-    try:
-        value = json.loads((run / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not required:
-            return {}
-        raise ReportError(f"expected {name} in the run folder, found none; name the folder that holds it") from None
-    except (OSError, ValueError):
-        raise ReportError(f"expected readable JSON in {name}, found none; the run folder is damaged", 4) from None
-    if not isinstance(value, dict):
-        raise ReportError(f"expected an object in {name}, found something else; the run folder is damaged", 4)
-    return value
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else clean(str(value))
-
-
-def _float(value: Any) -> float | None:
-    return finite(float(value)) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _figure(raw: Any) -> Json | None:
-    """A figure with exactly its seven keys; None if there is none."""
-    if not isinstance(raw, dict):
-        return None
-    direction = raw.get("direction")
-    return {
-        "value": _float(raw.get("value")),
-        "unit": _text(raw.get("unit")) or "",
-        "n": int(raw.get("n") or 0),
-        "ci_low": _float(raw.get("ci_low")),
-        "ci_high": _float(raw.get("ci_high")),
-        "ci_level": _float(raw.get("ci_level")),
-        "direction": direction if direction in ("lower", "higher") else "none",
-    }
-
-
 def _measurement(run: Path, stage: str) -> Json | None:
     """Set-level figures of one stage, with the engine they came from and its noise floor; None if it did not run."""
-    raw = _read(run, f"{stage}/metrics.json", required=False)
+    raw = read(run, f"{stage}/metrics.json", required=False)
     if not raw:
         return None
     sets = {
         clean(name): {
             "n": int(part.get("n") or 0),
-            "figures": {clean(metric): _figure(figure) for metric, figure in (part.get("figures") or {}).items()},
+            "figures": {clean(metric): figure_of(figure) for metric, figure in (part.get("figures") or {}).items()},
         }
         for name, part in (raw.get("sets") or {}).items()
         if part
     }
     return {
-        "task": _text(raw.get("task")),
-        "tensor_digest": _text(raw.get("tensor_digest")),
+        "task": text_of(raw.get("task")),
+        "tensor_digest": text_of(raw.get("tensor_digest")),
         "engine": tree(raw.get("engine") or {}),
         "noise_floor": tree(raw.get("noise_floor") or {}),
         "sets": sets,
     }
 
 
-def _sets(raw: Json) -> Json:
+def _sets(raw: Json, names: Sequence[str]) -> Json:
     """Size, origin and digest of each record set."""
     return {
-        name: {
+        clean(name): {
             "n": int((raw.get(name) or {}).get("n") or 0),
-            "source": _text((raw.get(name) or {}).get("source")) or "none",
-            "digest": _text((raw.get(name) or {}).get("digest")),
+            "source": text_of((raw.get(name) or {}).get("source")) or "none",
+            "digest": text_of((raw.get(name) or {}).get("digest")),
             "tokens": (raw.get(name) or {}).get("tokens"),
         }
-        for name in ("records", "control", "retain")
+        for name in names
     }
 
 
@@ -185,7 +191,7 @@ def _checkpoints(run: Path, measured: Json, custody: Json) -> Json:
     What the edited copy's own description (edit/checkpoint.json) does not say is not assumed, except for what no edit
     changes: architecture, size, data type, tying.
     """
-    before = _checkpoint(_read(run, "inputs/checkpoint.json"))
+    before = _checkpoint(read(run, "inputs/checkpoint.json"))
     after = None
     if measured["after"]:
         prefix = "edit/checkpoint/"
@@ -194,7 +200,7 @@ def _checkpoints(run: Path, measured: Json, custody: Json) -> Json:
             for row in custody["files"]
             if row["path"].startswith(prefix)
         ]
-        described = _read(run, "edit/checkpoint.json", required=False)
+        described = read(run, "edit/checkpoint.json", required=False)
         kept = {key: before[key] for key in ("architecture", "parameters", "tensors", "dtype", "tied")}
         after = (_checkpoint(described) if described else _checkpoint(kept)) | {
             "name": f"{before['name']} (edited)",
@@ -202,7 +208,7 @@ def _checkpoints(run: Path, measured: Json, custody: Json) -> Json:
             "tensor_digest": measured["after"]["tensor_digest"],
             "files": files,
         }
-    reference = _read(run, "inputs/reference.json", required=False)
+    reference = read(run, "inputs/reference.json", required=False)
     return {"before": before, "after": after, "reference": _checkpoint(reference) if reference else None}
 
 
@@ -210,7 +216,7 @@ def _checkpoint(raw: Json) -> Json:
     """A checkpoint's description with exactly the keys of the report."""
     listed: list[Any] = next((raw[key] for key in ("manifest", "files") if isinstance(raw.get(key), list)), [])
     files: list[Json] = [
-        {"path": clean(str(row.get("path"))), "size": int(row.get("size") or 0), "sha256": _text(row.get("sha256"))}
+        {"path": clean(str(row.get("path"))), "size": int(row.get("size") or 0), "sha256": text_of(row.get("sha256"))}
         for row in listed
         if isinstance(row, dict)
     ]
@@ -235,22 +241,22 @@ def _subject(raw: Json) -> Json | None:
 
 def _method(run: Path) -> Json | None:
     """Method, resolved parameters, importances and the measured difference per tensor."""
-    plan = _read(run, "edit/plan.json", required=False)
+    plan = read(run, "edit/plan.json", required=False)
     if not plan:
         return None
-    delta = _read(run, "edit/delta.json", required=False)
+    delta = read(run, "edit/delta.json", required=False)
     method = plan.get("method") or {}
     edit = None
     if delta:
         tensors = [
             {
                 "name": clean(str(row.get("name"))),
-                "dtype": _text(row.get("dtype")),
+                "dtype": text_of(row.get("dtype")),
                 "shape": tree(row.get("shape") or []),
                 "changed": int(row.get("changed") or 0),
-                "rel_norm": _float(row.get("rel_norm")),
+                "rel_norm": float_of(row.get("rel_norm")),
                 "block": row.get("block"),
-                "role": _text(row.get("role")),
+                "role": text_of(row.get("role")),
             }
             for row in delta.get("tensors") or []
         ]
@@ -262,9 +268,9 @@ def _method(run: Path) -> Json | None:
             "left_out": tree(delta.get("left_out") or []),
         }
     return {
-        "name": _text(method.get("name")) or "unnamed",
-        "version": _text(method.get("version")),
-        "paper": _text(method.get("paper")),
+        "name": text_of(method.get("name")) or "unnamed",
+        "version": text_of(method.get("version")),
+        "paper": text_of(method.get("paper")),
         "parameters": tree(method.get("parameters") or {}),
         "importances": tree(plan.get("importances") or {}),
         "warnings": [clean(str(text)) for text in plan.get("warnings") or []],
@@ -272,27 +278,13 @@ def _method(run: Path) -> Json | None:
     }
 
 
-def _rows(run: Path, name: str) -> dict[str, Json]:
-    """A records table as {record id: {column: value}}; {} if the file is absent."""
-    path = run / name
-    if not path.is_file():
-        return {}
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except Exception:  # pyarrow raises its own family, and the text of a damaged file may hold anything
-        raise ReportError(f"expected a readable table in {name}, found none; the run folder is damaged", 4) from None
-    table = {clean(str(row.get("record_id"))): tree({k: v for k, v in row.items() if k != "record_id"}) for row in rows}
-    if len(table) != len(rows):
-        raise ReportError(f"expected unique record ids in {name}, found repeated ones; the run folder is damaged", 4)
-    return table
-
-
 def _records(run: Path) -> list[Json]:
     """One row per record, worst first: extracted, then uncertain, then by probability, on the latest checkpoint."""
-    stages = {stage: _rows(run, f"{stage}/records.parquet") for stage in STAGES}
-    control = [row["loss"] for row in _rows(run, "after/control.parquet").values() if row.get("loss") is not None]
+    stages = {stage: rows_of(run, f"{stage}/records.parquet") for stage in STAGES}
+    for name, probed in record_figures(run).items():  # what a probe found on the checkpoint before the edit
+        if name in stages["before"]:
+            stages["before"][name] = probed | stages["before"][name]
+    control = [row["loss"] for row in rows_of(run, "after/control.parquet").values() if row.get("loss") is not None]
     never_seen = max(control, default=None)
     rows = []
     for record_id in dict.fromkeys([*stages["before"], *stages["after"]]):
@@ -335,7 +327,7 @@ def _attacks(run: Path, measured: Json, paired: Json) -> list[Json]:
     """Every attack any stage names, in order, with its figure on each arm; the latest stage decides run or not run."""
     rows: dict[str, Json] = {}
     for stage in ("before", "after"):
-        for attack in _read(run, f"{stage}/metrics.json", required=False).get("attacks") or []:
+        for attack in read(run, f"{stage}/metrics.json", required=False).get("attacks") or []:
             rows[clean(str(attack.get("name") or "unnamed"))] = tree(attack)
     result = []
     for name, attack in rows.items():
@@ -343,7 +335,7 @@ def _attacks(run: Path, measured: Json, paired: Json) -> list[Json]:
         ran = attack.get("status") == "run"
         given = paired.get(metric) or {}
         level = measured_arms(measured, metric)
-        arms = {arm: _figure(given.get(arm)) or level[arm] if ran and metric else None for arm in "OUNR"}
+        arms = {arm: figure_of(given.get(arm)) or level[arm] if ran and metric else None for arm in "OUNR"}
         result.append(
             {
                 "name": name,
@@ -370,7 +362,7 @@ def _residual(arms: Json, given: Any) -> Json | None:
     if original is None or edited is None or control is None:
         return None
     gap = (original - control) * (-1 if arms["O"]["direction"] == "higher" else 1)
-    figure = _figure(given) or {
+    figure = figure_of(given) or {
         "value": finite((edited - control) / (original - control)) if original != control else None,
         "unit": "ratio",
         "n": arms["U"]["n"],
@@ -383,15 +375,15 @@ def _residual(arms: Json, given: Any) -> Json | None:
     if gap < RESIDUAL_FLOOR:
         reason = f"before the edit the records stood out from control by {gap:.3f}, less than {RESIDUAL_FLOOR}"
         blank = {"value": None, "ci_low": None, "ci_high": None}
-        return figure | blank | {"status": "not testable", "reason": _text(given.get("reason")) or reason}
+        return figure | blank | {"status": "not testable", "reason": text_of(given.get("reason")) or reason}
     status = "not testable" if given.get("status") == "not testable" else "ok"
-    return figure | {"status": status, "reason": _text(given.get("reason"))}
+    return figure | {"status": status, "reason": text_of(given.get("reason"))}
 
 
 def _utility(kind: str, paired: Json) -> Json:
     """Paired differences on the retain set, and whether the edit overshot never-seen data."""
     figures = {
-        clean(metric): {part: _figure(row.get(part)) for part in ("before", "after", "difference")}
+        clean(metric): {part: figure_of(row.get(part)) for part in ("before", "after", "difference")}
         for metric, row in (paired.get("utility") or {}).items()
     }
     over = paired.get("over_forgetting")
@@ -433,7 +425,12 @@ def _decision(raw: Json, missing: list[str]) -> Json:
     level = raw.get("claim_level")
     if level is not None and level not in CLAIM_LEVELS:
         raise ReportError("expected a claim level E0 to E4 or null in criteria.json, found another", 4)
-    optional: dict[str, Callable[[Any], Any]] = {"max": _float, "margin": _float, "set": _text, "against": _text}
+    optional: dict[str, Callable[[Any], Any]] = {
+        "max": float_of,
+        "margin": float_of,
+        "set": text_of,
+        "against": text_of,
+    }
     criteria = []
     for row in raw.get("criteria") or []:
         status = row.get("status")
@@ -442,9 +439,9 @@ def _decision(raw: Json, missing: list[str]) -> Json:
             | {key: convert(row.get(key)) for key, convert in optional.items()}
             | {
                 "required": bool(row.get("required", True)),
-                "observed": _figure(row.get("observed")),
+                "observed": figure_of(row.get("observed")),
                 "status": status if status in ("met", "not met") else "inconclusive",
-                "reason": _text(row.get("reason")) or "",
+                "reason": text_of(row.get("reason")) or "",
             }
         )
     return {"criteria": criteria, "verdict": verdict, "claim_level": level, "limits": limits}
@@ -472,7 +469,7 @@ def _custody(run: Path, measured: Json) -> Json:
                 files.append({"path": where, "size": path.stat().st_size, "sha256": digest})
     return {
         "files": sorted(files, key=lambda row: row["path"]),
-        "tensor_digest_in": (measured["before"] or {}).get("tensor_digest"),
-        "tensor_digest_out": (measured["after"] or {}).get("tensor_digest"),
+        "tensor_digest_in": (measured.get("before") or {}).get("tensor_digest"),
+        "tensor_digest_out": (measured.get("after") or {}).get("tensor_digest"),
         "verify": "unlearn verify RUN",
     }

@@ -2,6 +2,7 @@
 
 report.json is the source of the other formats and is always written with them. The engineer's page is report.html; the
 other audiences have their own file (report-regulator.html), so that all can lie side by side and be checked by name.
+The documents of a probe run are probe.json, probe.html and probe.md, in one edition.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from reports.build import ReportError, build, dumps
-from reports.schema import SCHEMA
+from reports.build import build, dumps
+from reports.reading import ReportError
+from reports.schema import PROBE_SCHEMA, SCHEMA
 from reports.text import Json, clean
 
 FORMATS = ("json", "html", "md")
@@ -26,14 +28,15 @@ def write(run: Path, formats: Sequence[str] = FORMATS, audience: str = "engineer
 
     Args:
         run: run folder.
-        formats: any of json, html, md; report.json is written in any case.
-        audience: engineer, regulator or subject; report.json is the same for all.
+        formats: any of json, html, md; the JSON document is written in any case.
+        audience: engineer, regulator or subject; report.json is the same for all. A probe run has no other edition
+            than the engineer's.
 
     Returns:
-        The files written, report.json first.
+        The files written, the JSON document first.
 
     Raises:
-        ReportError: for an unknown format or audience, or a run folder that cannot be read.
+        ReportError: for an unknown format or audience, or a run folder that cannot be read or measured nothing.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
@@ -41,8 +44,12 @@ def write(run: Path, formats: Sequence[str] = FORMATS, audience: str = "engineer
     if audience not in AUDIENCES:
         raise ReportError(f"expected an audience out of {', '.join(AUDIENCES)}, found {clean(audience, 40)!r}")
     run = Path(run)
-    render = _renderer(run)
-    names = [_name(audience, suffix) for suffix in FORMATS if suffix in (*formats, "json")]
+    stem, render = _renderer(run)
+    if stem == "probe" and audience != "engineer":
+        raise ReportError(
+            f"expected no audience for a probe run, which has one edition, found {audience!r}; leave it out"
+        )
+    names = [_name(stem, audience, suffix) for suffix in FORMATS if suffix in (*formats, "json")]
     contents = [(name, render(name)) for name in names]
     folder = run / "report"
     folder.mkdir(exist_ok=True)
@@ -55,51 +62,54 @@ def check(run: Path) -> list[str]:
     """Differences between the documents in report/ and what the run renders to now.
 
     Returns:
-        One line per document that is missing (report.json) or differs in any byte; empty if all are as rendered.
+        One line per document that differs in any byte, or is missing (the JSON one); empty if all are as rendered.
 
     Raises:
         ReportError: if the run folder cannot be read.
     """
     run = Path(run)
-    render = _renderer(run)
-    known = {_name(audience, suffix) for audience in AUDIENCES for suffix in FORMATS}
+    stem, render = _renderer(run)
+    audiences = AUDIENCES if stem == "report" else AUDIENCES[:1]
+    known = {_name(stem, audience, suffix) for audience in audiences for suffix in FORMATS}
     problems = []
     for name in sorted(known):
         path = run / "report" / name
         if not path.is_file():
-            if name == "report.json":
-                problems.append("report/report.json is missing; run `unlearn report RUN`")
+            if name == f"{stem}.json":
+                problems.append(f"report/{name} is missing; run `unlearn report RUN`")
         elif path.read_bytes() != render(name):
             problems.append(f"report/{name} differs from what this run renders to; it was edited or the run changed")
     return problems
 
 
 def load_report(run: Path) -> Json:
-    """report/report.json of a run folder.
+    """report/report.json of a run folder; of a probe run, report/probe.json.
 
     Raises:
         ReportError: if it is absent, damaged or of another schema.
     """
+    folder = Path(run) / "report"
+    probed = (folder / "probe.json").is_file() and not (folder / "report.json").is_file()
+    name, schema = ("probe.json", PROBE_SCHEMA) if probed else ("report.json", SCHEMA)
     try:
-        report = json.loads((Path(run) / "report" / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ReportError(
-            "expected report/report.json in the run folder, found none; run `unlearn report RUN`"
-        ) from None
+        raise ReportError(f"expected report/{name} in the run folder, found none; run `unlearn report RUN`") from None
     except (OSError, ValueError):
-        raise ReportError("expected readable JSON in report/report.json, found none; render it again", 4) from None
-    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
-        raise ReportError(f"expected schema {SCHEMA} in report/report.json, found another; render it again", 4)
+        raise ReportError(f"expected readable JSON in report/{name}, found none; render it again", 4) from None
+    if not isinstance(report, dict) or report.get("schema") != schema:
+        raise ReportError(f"expected schema {schema} in report/{name}, found another; render it again", 4)
     return report
 
 
-def _name(audience: str, suffix: str) -> str:
-    return f"report.{suffix}" if suffix == "json" or audience == "engineer" else f"report-{audience}.{suffix}"
+def _name(stem: str, audience: str, suffix: str) -> str:
+    return f"{stem}.{suffix}" if suffix == "json" or audience == "engineer" else f"{stem}-{audience}.{suffix}"
 
 
-def _renderer(run: Path) -> Callable[[str], bytes]:
-    """A function from a document's name to its bytes, sharing one reading of the run folder."""
+def _renderer(run: Path) -> tuple[str, Callable[[str], bytes]]:
+    """The stem of the documents' names and a function from a name to its bytes, sharing one reading of the run."""
     report = build(run)
+    stem = "probe" if report["schema"] == PROBE_SCHEMA else "report"
     source = dumps(report)
     digest = f"sha256:{hashlib.sha256(source).hexdigest()}"
     signoffs = _signoffs(run)
@@ -108,14 +118,14 @@ def _renderer(run: Path) -> Callable[[str], bytes]:
         from reports.render_html import render_html
         from reports.render_markdown import render_markdown
 
-        stem, _, suffix = name.rpartition(".")
+        base, _, suffix = name.rpartition(".")
         if suffix == "json":
             return source
-        audience = stem.removeprefix("report").removeprefix("-") or "engineer"
+        audience = base.removeprefix(stem).removeprefix("-") or "engineer"
         function = render_html if suffix == "html" else render_markdown
         return function(report, audience, digest, signoffs).encode()
 
-    return render
+    return stem, render
 
 
 def _signoffs(run: Path) -> list[Json]:

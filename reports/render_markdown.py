@@ -48,7 +48,7 @@ def cell(value: Cell) -> Trusted:
     text = code(value.text) if value.style == "code" else escape(value.text)
     if value.symbol:
         text = Trusted(f"{value.symbol} {text}")
-    return Trusted(f"{text} ({escape(value.detail)})") if value.detail else text
+    return Trusted(f"{text} ({escape('; '.join(value.details))})") if value.detail else text
 
 
 def lines(table: Table) -> list[list[Trusted]]:

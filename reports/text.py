@@ -175,19 +175,39 @@ METRICS = {
     "margin": ("Label margin", "Logit of the label minus the largest other logit."),
 }
 
+# Figures of one record from the curvature of the loss: the same form
+CURVATURE = {
+    "memorisation_score": (
+        "Memorisation score",
+        "Made from the curvature figures of a record alone, without any label; higher looks more memorised.",
+    ),
+    "low_energy": (
+        "Low-curvature energy",
+        "Share of the energy of a record's gradient that lies in the directions below the cut.",
+    ),
+    "activation_ratio": (
+        "Activation ratio",
+        "Size of a record's activations along the lower half of the eigenvectors of A over that along the top tenth.",
+    ),
+    "input_curvature": (
+        "Input curvature",
+        "Estimated trace of the second derivative of a record's loss by its inputs.",
+    ),
+}
+
 
 COUNTED = ("extraction.greedy", "correct")  # shares of yes-or-no records
 
 
 def metric_label(name: str) -> str:
     """Label of a metric; a prefix such as `retain.` becomes words: `Loss, retain set`."""
-    if name in METRICS:
-        return METRICS[name][0]
+    known = METRICS.get(name) or CURVATURE.get(name)
+    if known:
+        return known[0]
     head, dot, rest = name.partition(".")
     if dot and head in ("retain", "control", "records") and rest:
         return f"{metric_label(rest)}, {head} set" if head != "records" else metric_label(rest)
-    words = name.replace("_", " ")
-    return words[:1].upper() + words[1:]
+    return sentence_case(words_of(name))
 
 
 def short_digest(value: str | None, length: int = 12) -> str:
@@ -227,5 +247,9 @@ def words_of(name: str) -> str:
 
 def attack_label(name: str) -> str:
     """`verbatim.greedy` as `Verbatim: greedy`."""
-    words = words_of(name).replace(".", ": ")
-    return words[:1].upper() + words[1:]
+    return sentence_case(words_of(name).replace(".", ": "))
+
+
+def sentence_case(text: str) -> str:
+    """`web form` as `Web form`; capitals further on stay."""
+    return text[:1].upper() + text[1:]

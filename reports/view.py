@@ -6,33 +6,44 @@ A section with nothing in it keeps its heading and says `not run: <reason>`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from reports.arms import edited
-from reports.blocks import TONES, Cell, Page, Section
-from reports.sections.appendix import crosswalk, data, glossary
+from reports.blocks import TONES, Block, Cell, Page, Prose, Section
+from reports.sections.appendix import crosswalk, data, glossary, probe_glossary
 from reports.sections.attacks import attacks, robustness
 from reports.sections.edit import edit_section
-from reports.sections.identity import identity
-from reports.sections.limits import limits
+from reports.sections.identity import checkpoints_table, identity
+from reports.sections.limits import limits, probe_limits
 from reports.sections.measurements import measurements
+from reports.sections.probes import TITLES, blocks_of, probes
 from reports.sections.records import records
 from reports.sections.reproduce import reproduce, signoff
-from reports.sections.request import request_section
+from reports.sections.request import request_section, sets_table
 from reports.sections.subject import subject_sections
 from reports.sections.summary import sentence, summary
 from reports.sections.utility import utility
 from reports.text import CLAIM_LEVELS, Json, number, short, short_digest
+
+PROBE_SETS = {
+    "records": "Records",
+    "control": "Control: never seen",
+    "retain": "Data: what the model is looked at on",
+    "training": "Training records",
+}
 
 
 def page(report: Json, audience: str, digest: str, signoffs: Sequence[Json] = ()) -> Page:
     """The page for an audience.
 
     Args:
-        report: what `build` returns.
+        report: what `build` returns; that of a probe run has one edition, whatever the audience.
         audience: engineer (everything), regulator (without per-tensor tables) or subject (one plain-language page).
         digest: sha256 of report.json, printed so that the page names its source.
         signoffs: decisions recorded in attest/, oldest first.
     """
+    if report["run"]["kind"] == "probe":
+        return _probe_page(report, digest)
     forget = report["run"]["kind"] == "forget"
     request = report["request"] or {}
     level = report["claim_level"]
@@ -76,7 +87,7 @@ def page(report: Json, audience: str, digest: str, signoffs: Sequence[Json] = ()
 
 
 def _sections(report: Json, audience: str, signoffs: Sequence[Json]) -> list[Section]:
-    parts = [
+    parts: list[tuple[str, str, Sequence[Block] | str]] = [
         ("summary", "Summary", summary(report)),
         ("identity", "Identity", identity(report)),
         ("request", "Request and data", request_section(report)),
@@ -84,13 +95,67 @@ def _sections(report: Json, audience: str, signoffs: Sequence[Json]) -> list[Sec
         ("edit", "Edit", edit_section(report, audience)),
         ("attacks", "Attacks", attacks(report)),
         ("records", "Records", records(report)),
+        ("probes", "Inside the model", probes(report, audience)),
         ("utility", "Utility", utility(report)),
         ("robustness", "Robustness", robustness(report)),
         ("limits", "Residual risk and limits", limits(report)),
         ("reproduce", "Reproduce", reproduce(report, audience)),
         ("signoff", "Sign-off", signoff(signoffs)),
     ]
+    return _numbered(parts)
+
+
+def _numbered(parts: Sequence[tuple[str, str, Sequence[Block] | str]]) -> list[Section]:
+    """Sections in order; words in place of blocks are the reason why there are none."""
     return [
         Section(name, str(index), title, *((blocks, "") if not isinstance(blocks, str) else ((), blocks)))
         for index, (name, title, blocks) in enumerate(parts, 1)
     ]
+
+
+def _probe_page(report: Json, digest: str) -> Page:
+    """The page of a run that only looked inside a checkpoint: no verdict, a section per probe."""
+    checkpoint, run = report["checkpoint"]["before"], report["run"]
+    ran = [name for name in TITLES if run["probes"][name]]
+    used = any(row["n"] for row in run["sets"].values())
+    opening: list[Block] = [checkpoints_table(report, "Probed")]
+    opening.append(
+        sets_table(report, PROBE_SETS) if used else Prose("No record was used: only the weights were looked at.")
+    )
+    parts: list[tuple[str, str, Sequence[Block] | str]] = [("identity", "Checkpoint and data", opening)]
+    parts += [(name, TITLES[name], blocks_of(report, name, "engineer")) for name in ran]
+    if not ran:
+        parts.append(("probes", "Inside the model", "the run stopped before a probe had finished"))
+    parts += [("limits", "Limits", probe_limits(report)), ("reproduce", "Reproduce", reproduce(report, "engineer"))]
+    name = short(checkpoint["name"], 80)
+    return Page(
+        audience="engineer",
+        title="Probe report",
+        subtitle=name,
+        meta=[
+            ("Checkpoint", Cell(name)),
+            ("Tensor digest", Cell(short_digest(checkpoint["tensor_digest"]), style="code")),
+            ("Records", Cell(number(sum(row["n"] for row in run["sets"].values())))),
+            ("Probes", Cell(", ".join(ran) or "none")),
+        ],
+        verdict="",
+        tone="",
+        sentence="",
+        claim_level="",
+        claim="",
+        is_text=(
+            "A record of what probes found inside the checkpoint identified in section 1, with the data listed there."
+        ),
+        is_not_text=(
+            "Not an audit: nothing was tested against a criterion, so there is no verdict and no statement on whether "
+            "a record can be got out of the checkpoint."
+        ),
+        sections=_numbered(parts),
+        appendix=[_lettered(probe_glossary(report), "A"), _lettered(data(report, digest, "probe.json"), "B")],
+        digest=digest,
+        stem="probe",
+    )
+
+
+def _lettered(section: Section, letter: str) -> Section:
+    return replace(section, number=letter)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from reports.arms import arm_words, known_metrics, present_arms
 from reports.blocks import Cell, Facts, Prose, Section, table
-from reports.text import ACCESS, CLAIM_LEVELS, METRICS, Json, plural
+from reports.text import ACCESS, CLAIM_LEVELS, CURVATURE, METRICS, Json, plural
 
 # Identifiers only: which passage a section may serve is a question for the reader's counsel.
 CROSSWALK = (
-    ("2 Identity, 11 Reproduce", "GDPR 5(2); AI Act Annex IV 1(b) and 6; ISO/IEC 42001 A.6.2.7, A.6.2.8, A.7.5"),
+    ("2 Identity, 12 Reproduce", "GDPR 5(2); AI Act Annex IV 1(b) and 6; ISO/IEC 42001 A.6.2.7, A.6.2.8, A.7.5"),
     ("3 Request and data", "GDPR 12(3), 12(4), 17, 19, 30; CCPA regulations §7021, §7022(b), §7101(b)"),
     ("Pseudonyms throughout", "GDPR 4(5), 5(1)(c), 5(1)(e), 25, 32; EDPB Guidelines 01/2025"),
-    ("4 Figures, 5 Edit", "EDPB Opinion 28/2024; AI Act Annex IV 2(g); NIST AI RMF MEASURE 2.10"),
-    ("6 Attacks, 9 Robustness", "EDPB Opinion 28/2024; NIST AI 100-2; GPAI Code of Practice, copyright, measure 1.4"),
-    ("8 Utility", "AI Act 15; ISO/IEC 42001 A.6.2.4"),
-    ("10 Residual risk and limits", "EDPB Opinion 28/2024; GDPR 35"),
-    ("12 Sign-off", "AI Act Annex IV 2(g)"),
+    ("4 Figures, 5 Edit, 8 Inside the model", "EDPB Opinion 28/2024; AI Act Annex IV 2(g); NIST AI RMF MEASURE 2.10"),
+    ("6 Attacks, 10 Robustness", "EDPB Opinion 28/2024; NIST AI 100-2; GPAI Code of Practice, copyright, measure 1.4"),
+    ("9 Utility", "AI Act 15; ISO/IEC 42001 A.6.2.4"),
+    ("11 Residual risk and limits", "EDPB Opinion 28/2024; GDPR 35"),
+    ("13 Sign-off", "AI Act Annex IV 2(g)"),
 )
 TERMS = (
     (
@@ -26,6 +28,37 @@ TERMS = (
     ("Tensor digest", "sha256 over name, type, shape and content of every tensor, whatever the file layout."),
     ("Pseudonym", "Keyed hash of a record's id; the key is not part of a run folder that is passed on."),
 )
+PROBE_TERMS = {
+    "kfac": (
+        (
+            "A and G",
+            "Second moments of a module's inputs and of the gradients at its outputs, over the counted positions.",
+        ),
+        ("Curvature mass", "Product of the traces of A and G: the sum over all pairs of directions."),
+        ("Norm kept", "Share of the squared norm of the weights that lies in the pairs kept."),
+        ("Overlap", "Agreement of the leading eigenvectors from two halves of the data: 1 is the same space."),
+        ("AUC", "Probability that a record scores higher than a control record; 0.5 is chance."),
+    ),
+    "spectrum": (
+        ("Hessian", "Matrix of the second derivatives of the mean loss by the weights."),
+        (
+            "Gauss-Newton",
+            "The part of the Hessian that has no negative eigenvalues, from the outputs' curvature alone.",
+        ),
+        ("Trace", "Sum of all eigenvalues, estimated from random vectors."),
+    ),
+    "localise": (
+        ("Attribution", "Division of a log-probability among the parts that it was computed through."),
+        ("Completeness gap", "Difference between the sum of an attribution and what it should add up to."),
+        ("Influence", "How far a training record's gradient points the way that raises a completion's probability."),
+    ),
+    "condition": (
+        ("Condition number", "Largest singular value of a matrix over its smallest."),
+        ("Stable rank", "Squared Frobenius norm of a matrix over its squared largest singular value."),
+        ("Effective rank", "Exponential of the entropy of the singular values as shares of their sum."),
+        ("Relative", "Divided by the same figure of a random Gaussian matrix of the same shape."),
+    ),
+}
 
 
 def crosswalk() -> Section:
@@ -42,14 +75,31 @@ def glossary(report: Json) -> Section:
     terms += [(f"Level {level}", f"{text[0].upper()}{text[1:]}.") for level, text in CLAIM_LEVELS.items()]
     terms += [(f"Access {level}", f"The attacker holds: {text}.") for level, text in ACCESS.items()]
     terms += [METRICS[name] for name in known_metrics(report) if name in METRICS]
-    lines = [(Cell(term), Cell(text)) for term, text in [*terms, *TERMS]]
+    return _glossary([*terms, *_probe_terms(report), *TERMS])
+
+
+def probe_glossary(report: Json) -> Section:
+    """The words a page on probes alone uses."""
+    return _glossary([*_probe_terms(report), *TERMS])
+
+
+def _probe_terms(report: Json) -> list[tuple[str, str]]:
+    """The words of the probes that ran."""
+    ran = {name for name, result in report["run"]["probes"].items() if result}
+    terms = [term for name, found in PROBE_TERMS.items() if name in ran for term in found]
+    shown = {name for row in report["records"] for name in row["before"] or ()} if "kfac" in ran else set()
+    return [*terms, *(CURVATURE[name] for name in CURVATURE if name in shown)]
+
+
+def _glossary(terms: Sequence[tuple[str, str]]) -> Section:
+    lines = [(Cell(term), Cell(text)) for term, text in terms]
     return Section("glossary", "B", "Glossary", [table("Terms", ("Term", "Meaning"), lines)])
 
 
-def data(report: Json, digest: str) -> Section:
+def data(report: Json, digest: str, name: str = "report.json") -> Section:
     """Where the full numbers are."""
     text = (
-        f"This page was rendered from report.json alone (schema {report['schema']}, "
+        f"This page was rendered from {name} alone (schema {report['schema']}, "
         f"{plural(len(report['records']), 'record')} in full). Where a table is shortened, that file holds the rest."
     )
-    return Section("data", "C", "Data", [Prose(text), Facts([("sha256 of report.json", Cell(digest, style="code"))])])
+    return Section("data", "C", "Data", [Prose(text), Facts([(f"sha256 of {name}", Cell(digest, style="code"))])])

@@ -1,4 +1,4 @@
-"""Sections 6 and 9: what was tried to get the records out, and what was not."""
+"""Sections 6 and 10: what was tried to get the records out, and what was not."""
 
 from __future__ import annotations
 

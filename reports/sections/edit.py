@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from reports import figures
-from reports.blocks import Block, Cell, Chart, Facts, Prose, Table, number_cell, percent_cell, table
-from reports.text import Json, number, plain, short, short_digest, words_of
+from typing import Any
 
-ATTENTION = ("qkv", "q", "k", "v", "o")
-FEED_FORWARD = ("router", "gate_up", "gate", "up", "down")
-ROLES = (*ATTENTION, *FEED_FORWARD, "conv")
+from reports.blocks import (
+    Block,
+    Cell,
+    Facts,
+    Prose,
+    Table,
+    fact_pairs,
+    number_cell,
+    percent_cell,
+    shape_cell,
+    table,
+)
+from reports.sections.grid import grid, role_words
+from reports.sections.probe_parts import OVERLAPS, overlap_cell, part_cell
+from reports.text import Json, number, plain, sentence_case, short, short_digest, words_of
+
+# Columns of an editor's own tables in reading order; a name that is not here is printed as it is and comes last.
+COLUMN_WORDS = {
+    "module": "Module",
+    "rho": "Mass to keep",
+    "fraction": "Fraction to keep",
+    "kept_pairs": "Pairs kept",
+    "kept_rank": "Rank kept",
+    "kept_norm": "Norm kept",
+    "predicted_rise": "Predicted loss rise",
+    "overlap_a": "Overlap A",
+    "overlap_g": "Overlap G",
+}
+WHOLES = {"kept_pairs": "pairs", "kept_rank": "rank"}  # printed with the part, in one cell
+SHARES = ("rho", "fraction", "kept_norm")
+MOST_COLUMNS = 8
+ELSEWHERE = ("digest", "schema", "tensor_digest")  # the digest has its own column, the others their own section
 
 
 def extent(report: Json) -> str:
@@ -25,16 +52,15 @@ def extent(report: Json) -> str:
 
 
 def edit_section(report: Json, audience: str) -> list[Block] | str:
-    """Parameters, importances, warnings, the heat map with its table and, for the engineer, the tensors."""
+    """Parameters, statistics and their data, warnings, the heat map with its table; for the engineer, the tensors."""
     method = report["method"]
     if method is None:
         return "an audit edits nothing" if report["run"]["kind"] == "audit" else "no edit was planned in this run"
     edit = method["edit"]
     name = Cell(f"{method['name']} {method['version'] or ''}".strip(), method["paper"] or "")
-    blocks: list[Block] = [Facts([("Method", name), *_facts(method["parameters"])], "Method and parameters")]
-    if edit and edit["statistics"]:
-        blocks.append(Facts(_facts(edit["statistics"]), "Measured while editing"))
-    blocks += _importances(method["importances"])
+    blocks: list[Block] = [Facts([("Method", name), *fact_pairs(method["parameters"])], "Method and parameters")]
+    blocks += _statistics(edit["statistics"], audience) if edit else []
+    blocks += _data(method["importances"])
     blocks += [Prose(f"Warning: {text}", "open") for text in method["warnings"][:10]]
     if edit is None:
         return [*blocks, Prose("not run: the edit was planned and not applied.", "open")]
@@ -42,15 +68,58 @@ def edit_section(report: Json, audience: str) -> list[Block] | str:
     return [*blocks, _tensors(edit)] if audience == "engineer" else blocks
 
 
-def _facts(values: Json) -> list[tuple[str, Cell]]:
-    return [(words_of(key).capitalize(), Cell(short(plain(value), 200))) for key, value in list(values.items())[:30]]
+def _statistics(statistics: Json, audience: str) -> list[Block]:
+    """Numbers about the edit; what has an entry per module becomes a table, which the regulator's edition counts."""
+    parts = {key: rows for key, value in statistics.items() if (rows := _rows(value))}
+    pairs = fact_pairs({key: value for key, value in statistics.items() if key not in parts})
+    if audience != "engineer":
+        pairs += [(sentence_case(words_of(key)), Cell(number(len(rows)))) for key, rows in parts.items()]
+        parts = {}
+    return [
+        *([Facts(pairs, "Measured while editing")] if pairs else []),
+        *(_parts(sentence_case(words_of(key)), f"method.edit.statistics.{key}", rows) for key, rows in parts.items()),
+    ]
 
 
-def _importances(importances: Json) -> list[Block]:
+def _rows(value: Any) -> list[Json]:
+    """A list of objects, or objects by module, as rows; nothing for any other value."""
+    if isinstance(value, dict):
+        value = [{"module": name, **row} if isinstance(row, dict) else row for name, row in value.items()]
+    return value if isinstance(value, list) and all(isinstance(row, dict) for row in value) else []
+
+
+def _parts(title: str, source: str, rows: list[Json]) -> Table:
+    """An editor's own table: as many columns as fit, those with known headings first."""
+    found = dict.fromkeys(key for row in rows for key in row)
+    whole = {WHOLES[key] for key in found if key in WHOLES}
+    keys = [key for key in COLUMN_WORDS if key in found]
+    keys = [*keys, *(key for key in found if key not in {*keys, *whole})][:MOST_COLUMNS]
+    lines = [[_value(key, row) for key in keys] for row in rows]
+    numeric = [i for i, key in enumerate(keys) if all(not isinstance(row.get(key), str | list | dict) for row in rows)]
+    columns = [COLUMN_WORDS.get(key) or sentence_case(words_of(key)) for key in keys]
+    return table(f"{title} of the edit", columns, lines, source, numeric)
+
+
+def _value(key: str, row: Json) -> Cell:
+    value = row.get(key)
+    if key in WHOLES:
+        return part_cell(value, row.get(WHOLES[key]))
+    if key in OVERLAPS:
+        return overlap_cell(value)
+    if isinstance(value, str):
+        return Cell(short(value, 80), style="code" if key == "module" else "")
+    if key in SHARES:
+        return percent_cell(value)
+    return Cell(short(plain(value), 60)) if isinstance(value, list | dict) else number_cell(value)
+
+
+def _data(importances: Json) -> list[Block]:
+    """What data the edit's statistics come from, one row per set."""
     rows = {name: row for name, row in importances.items() if isinstance(row, dict)}
     if not rows:
         return []
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row if key != "digest"))[:5]
+    scalars = (key for row in rows.values() for key, value in row.items() if not isinstance(value, list | dict))
+    keys = [key for key in dict.fromkeys(scalars) if key not in ELSEWHERE][:5]
     lines = [
         [
             Cell(name),
@@ -60,7 +129,7 @@ def _importances(importances: Json) -> list[Block]:
         for name, row in rows.items()
     ]
     columns = ("Set", *(words_of(key).capitalize() for key in keys), "Digest")
-    return [table("Importances", columns, lines, "method.importances")]
+    return [table("Data behind the edit", columns, lines, "method.importances")]
 
 
 def _heat(edit: Json) -> list[Block]:
@@ -76,35 +145,23 @@ def _heat(edit: Json) -> list[Block]:
     beyond: list[Block] = [Prose(f"Changed outside the blocks: {', '.join(outside[:12])}.")] if outside else []
     if not cells:
         return [Prose("Map over layers not run: no tensor inside a block was listed."), *beyond]
-    found = {role for role, _ in cells}
-    roles = [role for role in ROLES if role in found] + sorted(found - set(ROLES))
     (role, block), largest = max(cells.items(), key=lambda item: (item[1], item[0]))
     alt = (
         f"Relative change of the weights by block and module. Largest: {number(100 * largest)} % in block {block}, "
-        f"{_role_words(role)}. {sum(value > 0 for value in cells.values())} of {len(cells)} cells changed."
+        f"{role_words(role)}. {sum(value > 0 for value in cells.values())} of {len(cells)} cells changed."
     )
-    svg = figures.heat_map(
+    shown = grid(
         "heat",
-        alt,
-        {(_role_words(role), block): value for (role, block), value in cells.items()},
-        [_role_words(role) for role in roles],
-        max(block for _, block in cells) + 1,
+        cells,
+        caption="Relative change ‖ΔW‖ / ‖W‖ by block and module; a cell with several tensors shows the largest.",
+        alt=alt,
+        title="Relative change by block; blocks not listed were not changed",
+        source="method.edit.tensors[]",
+        cell=percent_cell,
+        cold="not changed",
+        high=f"up to {number(100 * float(largest))} %",
     )
-    caption = "Relative change ‖ΔW‖ / ‖W‖ by block and module; a cell with several tensors shows the largest."
-    shown = roles[:8]
-    lines = [
-        [Cell(str(block)), *(percent_cell(cells.get((role, block))) for role in shown)]
-        for block in sorted({block for (_, block), value in cells.items() if value})
-    ]
-    columns = ("Block", *(words_of(role) for role in shown))
-    title = "Relative change by block; blocks not listed were not changed"
-    data = table(title, columns, lines, "method.edit.tensors[]", range(1, len(columns)))
-    return [Chart(svg, caption, alt), data, *beyond]
-
-
-def _role_words(role: str) -> str:
-    kind = "attention " if role in ATTENTION else "feed-forward " if role in FEED_FORWARD else ""
-    return f"{kind}{words_of(role)}"
+    return [*shown, *beyond]
 
 
 def _tensors(edit: Json) -> Table:
@@ -113,7 +170,7 @@ def _tensors(edit: Json) -> Table:
             Cell(short(row["name"], 80), style="code"),
             number_cell(row["block"]),
             Cell(row["role"] or "other"),
-            Cell(" × ".join(number(size) for size in row["shape"])),
+            shape_cell(row["shape"]),
             Cell(row["dtype"] or "n/a"),
             number_cell(row["changed"]),
             percent_cell(row["rel_norm"]),

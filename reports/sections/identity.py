@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reports.blocks import Block, Cell, Prose, table
+from reports.blocks import Block, Cell, Prose, Table, table
 from reports.sections.edit import extent
 from reports.text import Json, plain, plural
 
@@ -23,8 +23,14 @@ PROPERTIES = (
 
 def identity(report: Json) -> list[Block]:
     """Properties and digests of every checkpoint side by side, and how the edited one descends from the original."""
+    before = "Before" if report["checkpoint"]["after"] else "Audited"
+    return [checkpoints_table(report, before), Prose(" ".join(_descent(report)))]
+
+
+def checkpoints_table(report: Json, before: str) -> Table:
+    """Properties and digests of every checkpoint; `before` heads the column of the first one."""
     checkpoints = {stage: value for stage, value in report["checkpoint"].items() if value}
-    heads = {"before": "Before" if "after" in checkpoints else "Audited", "after": "After", "reference": "Reference"}
+    heads = {"before": before, "after": "After", "reference": "Reference"}
     shown = [stage for stage in heads if stage in checkpoints]
     lines = [
         [Cell(label), *(_property(checkpoints[stage][key], key) for stage in shown)]
@@ -32,7 +38,7 @@ def identity(report: Json) -> list[Block]:
         if any(checkpoints[stage][key] is not None for stage in shown)
     ]
     columns = ("Property", *(heads[stage] for stage in shown))
-    return [table("Checkpoints", columns, lines, "checkpoint"), Prose(" ".join(_descent(report)))]
+    return table("Checkpoints", columns, lines, "checkpoint")
 
 
 def _property(value: object, key: str) -> Cell:

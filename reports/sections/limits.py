@@ -1,4 +1,4 @@
-"""Section 10: the claim, its limits and what was not tested."""
+"""Section 11: the claim, its limits and what was not tested."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ ALWAYS = (
     "A figure well beyond the control's level is a trace in itself: it can show what was removed.",
     "Repeat the audit when the checkpoint changes, or when a stronger published attack applies to it.",
 )
+PROBES_ALWAYS = (
+    "The results hold for the checkpoint with the tensor digest in section 1, in the data type named there.",
+    "A probe looks at the model and tests nothing: a figure here shows neither that a record can be got out nor that "
+    "it cannot. An audit tests that.",
+    "Curvature, attribution and condition are properties of the model on the given data; other data may give others.",
+    "Hyper-parameters chosen on memorised records make a score look better than it is on others.",
+)
+
+
+def probe_limits(report: Json) -> list[Block]:
+    """What a run that only looked inside a checkpoint does not show."""
+    none = ["None was recorded beyond those below."]
+    return [Items("Limits of this run", report["limits"][:ROWS] or none), Items("What always applies", PROBES_ALWAYS)]
 
 
 def limits(report: Json) -> list[Block]:

@@ -1,4 +1,4 @@
-"""Sections 11 and 12: how to repeat and check the run, and who signs."""
+"""Sections 12 and 13: how to repeat and check the run, and who signs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def reproduce(report: Json, audience: str) -> list[Block]:
     versions = ", ".join(f"{name} {plain(value)}" for name, value in sorted(run["versions"].items()))
     facts = [
         ("Repeat", Cell(_command(report), style="code")),
+        *([("Settings", Cell("as printed with each probe"))] if run["kind"] == "probe" else []),
         ("Verify", Cell(custody["verify"], style="code")),
         ("Check this page", Cell("unlearn report RUN --check", style="code")),
         ("Seed", Cell("not recorded" if run["seed"] is None else str(run["seed"]))),
@@ -25,7 +26,7 @@ def reproduce(report: Json, audience: str) -> list[Block]:
     environment = {key: value for key, value in run["environment"].items() if key not in ("libraries", "unlearn-audit")}
     if environment:
         facts.append(("Environment", Cell(short(plain(environment), 500))))
-    engine = (run["measurements"]["before"] or {}).get("engine")
+    engine = ((run.get("measurements") or {}).get("before") or {}).get("engine")
     if engine and audience == "engineer":
         facts.append(("Engine", Cell(short(plain(engine), 500))))
     for words, key in (("Tensor digest in", "tensor_digest_in"), ("Tensor digest out", "tensor_digest_out")):
@@ -57,9 +58,15 @@ def signoff(signoffs: Sequence[Json]) -> list[Block]:
 
 
 def _command(report: Json) -> str:
-    """The command that repeats the run, with placeholders for the files that section 3 identifies by digest."""
+    """The command that repeats the run, with placeholders for the files that the record sets identify by digest."""
     run = report["run"]
     options = "".join(f" --{name} {run[name]}" for name in ("seed", "device", "dtype") if run[name] is not None)
+    if run["kind"] == "probe":
+        ran = [name for name, result in run["probes"].items() if result]
+        flags = {"retain": "data"}
+        names = [flags.get(name, name) for name, row in run["sets"].items() if row["source"] == "given"]
+        files = "".join(f" --{name} {name}.jsonl" for name in names)
+        return "; ".join(f"unlearn probe {name} CHECKPOINT{files}{options} --out RUN" for name in ran or ["NAME"])
     if run["kind"] == "forget":
         return f"unlearn forget request.yaml{options} --out RUN"
     given = [name for name in ("control", "retain") if run["sets"][name]["source"] == "given"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from reports.blocks import Block, Cell, Dates, Facts, Prose, Table, number_cell, table
-from reports.text import Json, number, plain, short, short_digest, when, words_of
+from reports.text import Json, number, plain, sentence_case, short, short_digest, when, words_of
 
 REQUEST_WORDS = {
     "subject_request_id": "Request id",
@@ -46,7 +48,7 @@ def request_section(report: Json) -> list[Block]:
     if request is None:
         audit = report["run"]["kind"] == "audit"
         reason = "audit only, no request was given." if audit else "no request was recorded."
-        return [Prose(f"not run: {reason}"), _sets(report)]
+        return [Prose(f"not run: {reason}"), sets_table(report)]
     points = request_dates(request)
     blocks: list[Block] = [Dates(points)] if points else []
     blocks.append(Facts(_facts(request, report["subject"])[:24]))
@@ -65,7 +67,7 @@ def request_section(report: Json) -> list[Block]:
         blocks.append(
             Prose("Other copies (backups, exports, adapters, caches) and recipients: not stated in the request.")
         )
-    return [*blocks, _sets(report)]
+    return [*blocks, sets_table(report)]
 
 
 def _facts(request: Json, subject: Json | None) -> list[tuple[str, Cell]]:
@@ -90,7 +92,9 @@ def _facts(request: Json, subject: Json | None) -> list[tuple[str, Cell]]:
     return facts
 
 
-def _sets(report: Json) -> Table:
+def sets_table(report: Json, known: Mapping[str, str] = SETS) -> Table:
+    """Size, origin and digest of the record sets of the run, those with a known name first."""
+    names = [*(name for name in known if name in report["run"]["sets"]), *sorted(report["run"]["sets"].keys() - known)]
     lines = [
         (
             Cell(words),
@@ -103,7 +107,7 @@ def _sets(report: Json) -> Table:
                 tone="" if row["digest"] else "muted",
             ),
         )
-        for name, words in SETS.items()
-        for row in (report["run"]["sets"][name],)
+        for name in names
+        for row, words in ((report["run"]["sets"][name], known.get(name) or sentence_case(words_of(name))),)
     ]
     return table("Record sets", ("Set", "Records", "Tokens", "Origin", "Digest"), lines, "run.sets", (1, 2))

@@ -1,4 +1,4 @@
-"""Section 8: what the edit cost elsewhere, as paired differences."""
+"""Section 9: what the edit cost elsewhere, as paired differences."""
 
 from __future__ import annotations
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,12 +204,16 @@ def write_run(
     blocks: int = 30,
     stages: tuple[str, ...] = ("before", "after", "compare"),
     residue: float = 0.0,
+    probes: Sequence[str] = (),
 ) -> Path:
     """Write a run folder.
 
     Args: kind audit or forget; task; n records; whether a reference was measured; the verdict; the model's name; ids
-    for the records; request fields to add; blocks of the model; which stages were reached; share still memorised after.
+    for the records; request fields to add; blocks of the model; which stages were reached; share still memorised after;
+    which probes ran.
     """
+    if kind == "probe":
+        return write_probe_run(run, probes, n=n, name=name, ids=ids, blocks=blocks)
     rng = random.Random(7)
     make = image_rows if task == "image_classification" else text_rows
     sides = {"before": 0.9, "after": residue, "reference": 0.0}
@@ -226,6 +232,9 @@ def write_run(
         for part, rows in sets.items():
             parquet(run / stage / f"{part}.parquet", rows)
         measured[stage] = {part: set_figures(rows, task) for part, rows in sets.items()}
+        if stage == "before" and probes:
+            names = {part: [row["record_id"] for row in sets[part]] for part in ("records", "control", "retain")}
+            write_probes(run, probes, names, blocks)
         dump(
             run / stage / "metrics.json",
             {
@@ -248,43 +257,10 @@ def write_run(
                 "attacks": attacks(task),
             },
         )
-    dump(
-        run / "run.json",
-        {
-            "schema": "unlearn.run/v1",
-            "kind": kind,
-            "status": "done",
-            "seed": 0,
-            "device": "cpu",
-            "dtype": "float32",
-            "versions": {"unlearn-audit": "0.1.0", "python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0"},
-            "argv": ["unlearn", kind, "/home/somebody/model"],
-            "started": "2026-11-21T03:15:00Z",
-            "heartbeat": "x",
-            "exit_code": 0,
-        },
-    )
-    files = [("config.json", 861), ("model.safetensors", 538090408), ("tokenizer.json", 2104556)]
-    manifest = [{"path": p, "size": s, "sha256": hashlib.sha256(p.encode()).hexdigest()} for p, s in files]
-    described = {
-        "name": name,
-        "architecture": "LlamaForCausalLM" if task == "causal_lm" else "ResNetForImageClassification",
-        "parameters": 134515008,
-        "tensors": 272,
-        "dtype": "float32",
-        "tied": True,
-        "bytes": 540195825,
-        "tokenizer_digest": digest("tokenizer"),
-        "chat_template_digest": digest("template"),
-        "manifest": manifest,
-    }
-    dump(run / "inputs/checkpoint.json", described | {"tensor_digest": digest("before")})
+    write_inputs(run, kind, task, name)
     if reference:
-        dump(
-            run / "inputs/reference.json",
-            described | {"tensor_digest": digest("reference"), "name": "never-trained base"},
-        )
-    dump(run / "inputs/environment.json", {"platform": "Linux x86_64", "threads": 2, "libraries": {"torch": "2.13.0"}})
+        reached = {"tensor_digest": digest("reference"), "name": "never-trained base"}
+        dump(run / "inputs/reference.json", described(name, task) | reached)
     dump(
         run / "inputs/sets.json",
         {
@@ -302,6 +278,45 @@ def write_run(
     if "compare" in stages:
         write_comparison(run, kind, measured, verdict, task)
     return run
+
+
+def described(name: str, task: str) -> Json:
+    files = [("config.json", 861), ("model.safetensors", 538090408), ("tokenizer.json", 2104556)]
+    manifest = [{"path": p, "size": s, "sha256": hashlib.sha256(p.encode()).hexdigest()} for p, s in files]
+    return {
+        "name": name,
+        "architecture": "LlamaForCausalLM" if task == "causal_lm" else "ResNetForImageClassification",
+        "parameters": 134515008,
+        "tensors": 272,
+        "dtype": "float32",
+        "tied": True,
+        "bytes": 540195825,
+        "tokenizer_digest": digest("tokenizer"),
+        "chat_template_digest": digest("template"),
+        "manifest": manifest,
+    }
+
+
+def write_inputs(run: Path, kind: str, task: str, name: str) -> None:
+    """What every kind of run starts from: its header, the checkpoint, the environment."""
+    dump(
+        run / "run.json",
+        {
+            "schema": "unlearn.run/v1",
+            "kind": kind,
+            "status": "done",
+            "seed": 0,
+            "device": "cpu",
+            "dtype": "float32",
+            "versions": {"unlearn-audit": "0.1.0", "python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0"},
+            "argv": ["unlearn", kind, "/home/somebody/model"],
+            "started": "2026-11-21T03:15:00Z",
+            "heartbeat": "x",
+            "exit_code": 0,
+        },
+    )
+    dump(run / "inputs/checkpoint.json", described(name, task) | {"tensor_digest": digest("before")})
+    dump(run / "inputs/environment.json", {"platform": "Linux x86_64", "threads": 2, "libraries": {"torch": "2.13.0"}})
 
 
 def forget_request() -> Json:
@@ -502,6 +517,217 @@ def write_comparison(run: Path, kind: str, measured: Json, verdict: str, task: s
             ],
         },
     )
+
+
+PROBES = ("kfac", "spectrum", "localise", "condition")
+
+
+def write_probe_run(
+    run: Path,
+    probes: Sequence[str] = PROBES,
+    *,
+    n: int = 20,
+    name: str = "SmolLM2-135M-Instruct",
+    ids: list[str] | None = None,
+    blocks: int = 30,
+) -> Path:
+    """A run that only looked inside a checkpoint: inputs/ and probes/, nothing else."""
+    write_inputs(run, "probe", "causal_lm", name)
+    given = {"source": "given", "limits": []}
+    dump(
+        run / "inputs/sets.json",
+        {
+            "records": given | {"n": n, "digest": digest("records"), "tokens": 39 * n},
+            "control": {
+                "n": n,
+                "source": "drafted",
+                "limits": ["The control set was drafted by the tool."],
+                "digest": digest("control"),
+                "tokens": 38 * n,
+            },
+            "retain": given | {"n": 400, "digest": digest("data"), "tokens": 40960},
+            "training": given | {"n": n, "digest": digest("training"), "tokens": 39 * n},
+        },
+    )
+    dump(run / "inputs/config.json", {"probes": [{"name": probe, "rho": 0.6} for probe in probes]})
+    names = {"records": list(ids or []), "control": [], "retain": []}
+    for part, prefix in (("records", "r-"), ("control", "c-"), ("retain", "k-")):
+        more = [prefix + hashlib.sha256(f"{part}{i}".encode()).hexdigest()[:16] for i in range(len(names[part]), n)]
+        names[part] += more
+    write_probes(run, probes, names, blocks)
+    return run
+
+
+def write_probes(run: Path, probes: Sequence[str], names: dict[str, list[str]], blocks: int) -> None:
+    """The result files of probes, and the per-record tables of the curvature probe."""
+    rng = random.Random(11)
+    makers = {"kfac": kfac_result, "spectrum": spectrum_result, "localise": localise_result, "condition": matrices}
+    for probe in PROBES:
+        if probe in probes:
+            result = makers[probe](rng, names, blocks)
+            common = {"schema": "unlearn.probe/v1", "probe": probe, "warnings": [f"A warning of {probe}."]}
+            data = {"n_records": 400, "n_tokens": 40560, "n_positions": 40560, "digest": digest("data")}
+            dump(run / f"probes/{probe}.json", common | {"data": data} | result)
+    if "kfac" in probes:
+        for part, centre in (("records", 0.71), ("control", 0.4)):
+            parquet(run / f"probes/{part}.parquet", [scores(rng, name, centre) for name in names[part]])
+
+
+def scores(rng: random.Random, name: str, centre: float) -> Json:
+    low = min(max(rng.gauss(centre, 0.12), 0.0), 1.0)
+    return {
+        "record_id": name,
+        "low_energy": low,
+        "activation_ratio": math.exp(rng.gauss(2 * centre, 0.3)),
+        "input_curvature": math.exp(rng.gauss(1 + centre, 0.8)),
+        "memorisation_score": rng.gauss(4 * low - 2, 0.6),
+    }
+
+
+def kfac_result(rng: random.Random, names: dict[str, list[str]], blocks: int) -> Json:
+    """Seven modules a block; those of the last three blocks carry a cut."""
+    modules = []
+    for block in range(blocks):
+        for role, p in ROLES:
+            q, pairs = 576, p * 576
+            scale = math.exp(rng.gauss(-6 + 3 * block / blocks, 0.6)) * (4.0 if role == "down" else 1.0)
+            steps = [round(pairs ** (i / 39)) for i in range(40)]
+            ranks = sorted(set(steps))
+            decay = rng.uniform(0.9, 1.3)
+            values = [scale * rank**-decay * math.exp(-3 * rank / pairs) for rank in ranks]
+            steep = rng.uniform(5, 60)
+            held = [1 - (1 - rank / pairs) ** 2.0 * (1 + steep * rank / pairs) ** -1.5 for rank in ranks]
+            kept = ranks[next(i for i, mass in enumerate(held) if mass >= 0.6)]
+            modules.append(
+                {
+                    "module": f"model.layers.{block}.{'self_attn' if len(role) == 1 else 'mlp'}.{role}_proj",
+                    "block": block,
+                    "role": role,
+                    "expert": None,
+                    "shape": [p, q],
+                    "n_positions": 40560,
+                    "trace_a": 40 * scale,
+                    "trace_g": 0.3,
+                    "mass": 12 * scale,
+                    "overlap_a": min(rng.gauss(0.95, 0.03), 1.0),
+                    "overlap_g": min(rng.gauss(0.86, 0.04), 1.0),
+                    "curve": {"pairs": [rank / pairs for rank in ranks], "mass": held},
+                    "spectrum": {"index": [rank - 1 for rank in ranks], "eigenvalue": values},
+                    "cut": {
+                        "rho": 0.6,
+                        "kept_pairs": kept,
+                        "pairs": pairs,
+                        "threshold": scale * kept**-decay,
+                        "kept_norm": rng.uniform(0.5, 0.8),
+                        "predicted_rise": rng.uniform(0.001, 0.03),
+                    }
+                    if block >= blocks - 3 and role in ("gate", "up")
+                    else None,
+                }
+            )
+    auc = figure(0.91, 2 * len(names["records"]), 0.8, 0.97, "AUC", "none")
+    columns = ["low_energy", "activation_ratio", "input_curvature", "memorisation_score"]
+    return {
+        "settings": {
+            "labels": "sampled",
+            "positions": "all",
+            "rho": 0.6,
+            "correction": "none",
+            "memory_mb": None,
+            "seed": 0,
+        },
+        "modules": modules,
+        "records": {"n": len(names["records"]), "n_control": len(names["control"]), "auc": auc, "columns": columns},
+    }
+
+
+def spectrum_result(rng: random.Random, _: dict[str, list[str]], blocks: int) -> Json:
+    """The whole model, then every block: a bulk at zero, a few large eigenvalues, a small negative part."""
+    operators = []
+    for block in (None, *range(blocks)):
+        size = 40.0 if block is None else math.exp(rng.gauss(1 + block / blocks, 0.5))
+        bumps = [(0.0, size / 60, 1.0), (0.4 * size, size / 50, 3e-4), (size, size / 50, 1e-4)]
+        x = [-0.15 * size + 1.2 * size * i / 199 for i in range(200)]
+        y = [sum(w * math.exp(-((at - c) ** 2) / (2 * s * s)) / s for c, s, w in bumps) for at in x]
+        nodes = sorted([rng.gauss(0.0, size / 60) for _ in range(20)] + [0.4 * size, size])
+        operators.append(
+            {
+                "name": "model" if block is None else f"block {block}",
+                "block": block,
+                "parameters": 134515008 if block is None else 3540096,
+                "trace": figure(9 * size, 30, 7.9 * size, 10.1 * size, "nats", "none"),
+                "largest": [size, 0.4 * size, 0.2 * size],
+                "smallest": [-0.06 * size, -0.05 * size],
+                "residuals": [2e-6 * size] * 5,
+                "negative_share": 0.31,
+                "nodes": nodes,
+                "weights": [1 / 20.0004] * 20 + [3e-4 / 20, 1e-4 / 20],
+                "density": {"x": x, "y": y},
+            }
+        )
+    settings = {"operator": "hessian", "blocks": "all", "samples": 30, "steps": 40, "seed": 0}
+    return {"settings": settings, "operators": operators}
+
+
+def localise_result(rng: random.Random, names: dict[str, list[str]], blocks: int) -> Json:
+    """Attribution that peaks in the middle of the model; influence from the retain set."""
+
+    def layers() -> list[Json]:
+        return [
+            {
+                "block": block,
+                "module": module,
+                "score": rng.gauss(0.2, 0.3) + 2 * math.exp(-((block - blocks / 2) ** 2) / 20),
+            }
+            for block in range(blocks)
+            for module in ("attention", "feed_forward")
+        ]
+
+    rows = []
+    for index, name in enumerate(names["records"]):
+        tokens = rng.randint(18, 60)
+        influence = [{"id": other, "score": rng.gauss(0.0, 1.0)} for other in names["retain"][:5]]
+        rows.append(
+            {
+                "id": name,
+                "n_tokens": tokens,
+                "log_prob": -tokens * abs(rng.gauss(0.4, 0.5)),
+                "prompt": [{"position": i, "score": rng.gauss(0.1, 0.3)} for i in range(rng.randint(4, 12))],
+                "layers": layers()[:8],
+                "neurons": [{"block": rng.randrange(blocks), "neuron": rng.randrange(1536), "score": 0.2}],
+                "ablation": {"k": 64, "top": abs(rng.gauss(6, 2)), "random": rng.gauss(0.1, 0.1)},
+                "influence": influence if index else None,
+                "completeness_gap": abs(rng.gauss(0, 0.01)),
+            }
+        )
+    settings = {"steps": 32, "neurons": 64, "draws": 5, "influence": 5, "seed": 0}
+    return {"settings": settings, "records": rows, "heat": layers()}
+
+
+def matrices(rng: random.Random, _: dict[str, list[str]], blocks: int) -> Json:
+    tensors = []
+    for block in range(blocks):
+        for role, p in ROLES:
+            relative = math.exp(rng.gauss(0.5, 0.9))
+            full = 576
+            stable, effective = rng.uniform(5, 90), rng.uniform(200, 480)
+            lost = block == 0 and role == "k"
+            tensors.append(
+                {
+                    "name": f"model.layers.{block}.{role}_proj.weight",
+                    "block": block,
+                    "role": role,
+                    "expert": None,
+                    "shape": [p, full],
+                    "kappa": None if lost else 40 * relative,
+                    "kappa_relative": None if lost else relative,
+                    "stable_rank": stable,
+                    "stable_rank_share": stable / full,
+                    "effective_rank": effective,
+                    "effective_rank_share": effective / full,
+                }
+            )
+    return {"tensors": tensors}
 
 
 HOSTILE = [

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from reports import ReportError, build, report_schema
 from reports.arms import arms
 from reports.build import dumps
-from tests.reports.synthetic import HOSTILE, dump, figure, write_run
+from tests.reports.synthetic import HOSTILE, PROBES, dump, figure, write_run
 
 KEYS = set(
     "schema tool run checkpoint request subject method records attacks utility robustness criteria verdict "
@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-reference": {"reference": False, "residue": 0.4, "verdict": "criteria not met"},
     "images": {"task": "image_classification", "verdict": "inconclusive"},
     "stopped": {"stages": ("before",), "reference": False},
+    "probed": {"probes": PROBES, "blocks": 6},
     "hostile": {"name": HOSTILE[0], "ids": HOSTILE, "request": {"manner": HOSTILE[4], "ground": HOSTILE[2]}},
 }
 
@@ -97,8 +98,9 @@ def test_same_bytes_in_another_process_with_another_hash_seed(runs: dict[str, Pa
     code = (
         "import sys, hashlib; from pathlib import Path; from reports.documents import _renderer\n"
         "for run in sys.argv[1:]:\n"
-        "    render = _renderer(Path(run))\n"
-        "    names = ['report.json', 'report.html', 'report.md', 'report-regulator.html', 'report-subject.md']\n"
+        "    stem, render = _renderer(Path(run))\n"
+        "    names = [f'{stem}.json', f'{stem}.html', f'{stem}.md']\n"
+        "    names += ['report-regulator.html', 'report-subject.md'] if stem == 'report' else []\n"
         "    print([hashlib.sha256(render(name)).hexdigest() for name in names])\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -23,7 +23,7 @@ FORBIDDEN = re.compile(
     r"gdpr-compliant|\bcertif(y|ied)|\berased\b|\bdeleted\b|\banonym|\bguarantee|\bcompliant\b", re.I
 )
 TITLES = tuple(
-    "Summary;Identity;Request and data;Before and after;Edit;Attacks;Records;Utility;Robustness;"
+    "Summary;Identity;Request and data;Before and after;Edit;Attacks;Records;Inside the model;Utility;Robustness;"
     "Residual risk and limits;Reproduce;Sign-off".split(";")
 )
 VOID = {"meta", "br", "img", "hr", "link", "input"}
@@ -191,7 +191,7 @@ def test_pages_are_static_well_formed_and_self_contained(runs: dict[str, Path], 
     assert {target[1:] for target in page.all("a", "href")} <= set(ids)
 
 
-@pytest.mark.parametrize("name", ["forget", "no-reference", "images", "hostile"])
+@pytest.mark.parametrize("name", ["forget", "no-reference", "images", "probed", "hostile"])
 def test_every_section_is_there_in_order(runs: dict[str, Path], name: str) -> None:
     page = Page(html(runs[name]))
     places = [page.text.index(f"{number} {title}") for number, title in enumerate(TITLES, 1)]
@@ -315,7 +315,7 @@ def test_the_subject_learns_what_is_still_possible(runs: dict[str, Path]) -> Non
 
 def test_an_attack_that_did_not_run_says_why(runs: dict[str, Path]) -> None:
     assert section(markdown(runs["forget"]), "Attacks").count("| not run: not part of this version |") == 5
-    assert Page(html(runs["forget"])).text.count("not run: not part of this version") == 7  # 2 again in section 9
+    assert Page(html(runs["forget"])).text.count("not run: not part of this version") == 7  # 2 again in section 10
 
 
 def test_an_audit_has_no_before(runs: dict[str, Path]) -> None:

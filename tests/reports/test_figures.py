@@ -1,11 +1,27 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
 
-from reports.figures import Mark, Row, bars, describe, dumbbells, heat_map, key, ticks
+from reports.figures import (
+    Axis,
+    Curve,
+    Mark,
+    Row,
+    bars,
+    columns,
+    curves,
+    describe,
+    dumbbells,
+    heat_map,
+    histogram,
+    key,
+    ticks,
+)
+from reports.figures.curves import MOST_POINTS
 
 HOSTILE = "</svg><script>&\"'"
 
@@ -50,7 +66,13 @@ def test_one_value_without_interval_still_has_an_axis(value: float) -> None:
 
 def test_heat_map_darkens_with_the_value_and_outlines_the_rest() -> None:
     svg = heat_map(
-        "h", "t", {("attention q", 0): 0.02, ("attention q", 1): 0.01, ("attention q", 2): 0.0}, ["attention q"], 3
+        "h",
+        "t",
+        {("attention q", 0): 0.02, ("attention q", 1): 0.01, ("attention q", 2): 0.0},
+        ["attention q"],
+        3,
+        cold="not changed",
+        high=HOSTILE,
     )
     parse(svg)
     opacity = [float(found) for found in re.findall(r'fill-opacity="([\d.]+)"', svg)]
@@ -59,9 +81,28 @@ def test_heat_map_darkens_with_the_value_and_outlines_the_rest() -> None:
     assert svg.count('class="cold"') == 2  # the third block, and the legend
 
 
+def test_a_logarithmic_heat_map_spreads_the_orders_of_magnitude() -> None:
+    cells: dict[tuple[str, int], float | None] = {("q", 0): 1e-6, ("q", 1): 1e-3, ("q", 2): 1.0, ("q", 3): None}
+    svg = heat_map("h", "t", cells, ["q"], 5, cold="none", low="from 1e-6", high="to 1", log=True, missing="deficient")
+    parse(svg)
+    opacity = [float(found) for found in re.findall(r'fill-opacity="([\d.]+)"', svg)]
+    assert opacity[:3] == [0.12, 0.56, 1.0]
+    assert svg.count('fill="url(#h-O)"') == 2  # the cell without a number, and its legend
+    assert "deficient" in svg
+    assert svg.count('class="cold"') == 2  # the absent cell, and its legend
+    linear = heat_map("h", "t", cells, ["q"], 5, cold="none", high="to 1", missing="deficient")
+    assert re.findall(r'fill-opacity="([\d.]+)"', linear)[:3] == ["0.12", "0.12", "1.00"]
+
+
+@pytest.mark.parametrize("cells", [{}, {("q", 0): 0.0}, {("q", 0): None}, {("q", 0): 2.0}])
+def test_a_heat_map_of_nothing_still_draws(cells: dict[tuple[str, int], float | None]) -> None:
+    for log in (False, True):
+        parse(heat_map("h", "t", cells, ["q"], 1, cold="none", high="to 2", log=log, missing="x"))
+
+
 def test_many_blocks_fit_the_width() -> None:
     cells = {("feed-forward up", block): block / 200 for block in range(200)}
-    svg = heat_map("h", "t", cells, ["feed-forward up"], 200)
+    svg = heat_map("h", "t", cells, ["feed-forward up"], 200, cold="not changed", high="up to 100 %")
     right = max(float(x) + float(w) for x, w in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', svg))
     assert right <= 840
 
@@ -93,3 +134,118 @@ def test_the_text_alternative_holds_every_value() -> None:
         [Row("Loss", "", [Mark("O", "Before", 0.5, None, None, ""), Mark("U", "After", 2.5, None, None, "2.500")])]
     )
     assert text == "Loss: before 0.500, after 2.500"
+
+
+def paths(svg: str) -> list[list[tuple[float, float]]]:
+    """Points of every drawn line."""
+    return [
+        [(float(x), float(y)) for x, y in re.findall(r"([-\d.]+) ([-\d.]+)", steps)]
+        for steps in re.findall(r'<path d="M([^"]*)"', svg)
+    ]
+
+
+def test_a_power_law_is_straight_on_logarithmic_axes() -> None:
+    points = [(10.0**i, 10.0 ** (-2 * i)) for i in range(7)]
+    svg = curves("c", "t", [Curve("a", points)], Axis("x", log=True), Axis("y", log=True))
+    (line,) = paths(svg)
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(line)]
+    assert all(step == pytest.approx(steps[0], abs=0.2) for step in steps)
+    assert steps[0][0] > 0 < steps[0][1]
+
+
+def test_a_curve_is_dotted_beyond_its_cut_and_meets_there() -> None:
+    points = [(1.0, 1.0), (10.0, 0.1), (100.0, 0.01)]
+    svg = curves(
+        "c",
+        "t",
+        [Curve(HOSTILE, points, 31.62)],
+        Axis("x", log=True),
+        Axis("y", log=True),
+        kept="kept",
+        dropped=HOSTILE,
+    )
+    parse(svg)
+    assert "<script" not in svg
+    kept, dropped = paths(svg)
+    assert kept[-1] == dropped[0]
+    for axis in (0, 1):  # half a decade further, on the line
+        assert kept[-1][axis] == pytest.approx((kept[1][axis] + dropped[-1][axis]) / 2, abs=0.2)
+    assert 'class="curve c0 dropped"' in svg
+    assert svg.count('class="limit"') == 1
+    cut = re.search(r'<line x1="([\d.]+)" y1="([\d.]+)"[^>]*class="limit"', svg)
+    assert cut
+    assert (float(cut[1]), float(cut[2])) == (kept[-1][0], 22.0)  # over the full height where the line is alone
+    two = curves("c", "t", [Curve("a", points, 10.0)] * 2, Axis("x", log=True), Axis("y", log=True))
+    assert two.count('class="edge"') == 2
+    assert ">kept<" not in two
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.5, 1.0, 1e9])
+def test_a_cut_at_an_end_leaves_one_line(cut: float) -> None:
+    svg = curves("c", "t", [Curve("a", [(1.0, 2.0), (5.0, 1.0)], cut)], Axis("x", log=True), Axis("y"))
+    parse(svg)
+    assert len(paths(svg)) == 1
+
+
+def test_curves_leave_out_what_an_axis_cannot_show() -> None:
+    points = [(0.0, 3.0), (1.0, 0.0), (2.0, -1.0), (3.0, 4.0), (4.0, 5.0)]
+    (line,) = paths(curves("c", "t", [Curve("a", points)], Axis("x", log=True), Axis("y", log=True)))
+    assert len(line) == 2
+    floor = curves("c", "t", [Curve("a", points)], Axis("x"), Axis("y", log=True, low=1.0))
+    assert max(y for _, y in paths(floor)[0]) == 250.0  # what lies below the end of an axis is drawn at its end
+    for nothing in ([], [Curve("a", [])], [Curve("a", [(-1.0, 2.0)])]):
+        assert "nothing to draw" in curves("c", "t", nothing, Axis("x", log=True), Axis("y"))
+
+
+def test_one_point_and_a_flat_line_have_axes() -> None:
+    for points in ([(1.0, 1.0)], [(1.0, 0.0), (2.0, 0.0)], [(1.0, 5.0), (2.0, 5.0)]):
+        for log in (False, True):
+            svg = curves("c", "t", [Curve("a", points)], Axis("x"), Axis("y", log=log))
+            parse(svg)
+            assert "nan" not in svg
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
+    points = [(float(i), float(i)) for i in range(1, 50_001)]
+    (line,) = paths(curves("c", "t", [Curve("a", points)], Axis("x"), Axis("y")))
+    assert len(line) == MOST_POINTS
+    assert line[0][0] == 64.0
+    assert line[-1][0] == 596.0
+
+
+def test_names_of_curves_do_not_overlap_and_lines_that_end_early_carry_a_letter() -> None:
+    lines = [Curve(f"line {i}", [(0.0, 1.0), (1.0, 1.0 + i / 1e6)]) for i in range(6)]
+    svg = curves("c", "t", lines, Axis("x"), Axis("y"))
+    heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)" class="soft">line', svg))
+    assert min(b - a for a, b in pairwise(heights)) >= 16 - 0.1
+    early = curves("c", "t", [*lines[:1], Curve("b", [(0.0, 1.0), (0.5, 2.0)])], Axis("x"), Axis("y"))
+    assert ">b: b<" in early
+    assert ">a: line 0<" not in early
+
+
+def test_columns_grow_from_zero_either_way() -> None:
+    marks = [
+        Mark("U", "0", 2.0, 1.5, 2.5, ""),
+        Mark("U", "1", -1.0, None, None, ""),
+        Mark("U", "2", 0.0, None, None, ""),
+    ]
+    svg = columns("c", HOSTILE, marks, "trace")
+    parse(svg)
+    boxes = [
+        (float(y), float(h)) for y, h in re.findall(r'y="([-\d.]+)" width="[\d.]+" height="([\d.]+)" class="f-u"', svg)
+    ]
+    assert boxes[0][1] == pytest.approx(2 * boxes[1][1], abs=0.2)
+    assert boxes[0][0] + boxes[0][1] == pytest.approx(boxes[1][0], abs=0.2)
+    parse(columns("c", "t", [Mark("U", "0", 0.0, None, None, "")], "trace"))
+
+
+def test_both_sides_of_a_histogram_are_shares_of_their_set() -> None:
+    svg = histogram("h", HOSTILE, (HOSTILE, [1, 3]), ("Control", [0, 200]), [0.0, 0.5, 1.0])
+    parse(svg)
+    assert "<script" not in svg
+    upper = [float(h) for h in re.findall(r'height="([\d.]+)" fill="url\(#h-O\)"', svg)]
+    lower = [float(h) for h in re.findall(r'height="([\d.]+)" class="f-n"', svg)]
+    assert upper == [21.0, 63.0]
+    assert lower == [84.0]
+    assert "tallest: 100.0 %" in svg
+    assert 'class="f-n"' not in histogram("h", "t", ("Records", [1, 3]), ("Control", [0, 0]), [0.0, 0.5, 1.0])
