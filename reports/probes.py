@@ -123,7 +123,7 @@ def _localise(raw: Json, _: Path) -> Json:
                 "layers": _layers(row.get("layers")),
                 "neurons": _scored(row.get("neurons"), "block", "neuron"),
                 "ablation": {"k": int_of(row["ablation"].get("k"))}
-                | {key: float_of(row["ablation"].get(key)) for key in ("top", "random")}
+                | {key: float_of(row["ablation"].get(key)) for key in ("top", "random", "ordinary")}
                 if row.get("ablation")
                 else None,
                 "influence": None

@@ -169,8 +169,8 @@ def _localise_text(found: dict[str, Any]) -> list[str]:
         layer = max(row["layers"], key=lambda cell: abs(cell["score"]), default=None)
         strongest = f"block {layer['block']} {layer['module'].replace('_', '-')}" if layer else "-"
         ablation = row["ablation"] or {}
-        rows.append((row["id"], row["log_prob"], strongest, ablation.get("top"), ablation.get("random")))
-    return _rows(("record", "log p", "strongest layer", "ablated: top", "random"), rows)
+        rows.append((row["id"], row["log_prob"], strongest, *(ablation.get(k) for k in ("top", "random", "ordinary"))))
+    return _rows(("record", "log p", "strongest layer", "ablated: top", "random", "ordinary"), rows)
 
 
 def _condition_text(found: dict[str, Any]) -> list[str]:

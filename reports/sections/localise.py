@@ -85,15 +85,25 @@ def _table(rows: Sequence[Json]) -> Table:
                 number_cell(row["n_tokens"]),
                 number_cell(_per_token(row)),
                 _strongest(row["prompt"]),
-                *(_drop(ablation, key) for key in ("top", "random")),
+                *(_drop(ablation, key) for key in ("top", "random", "ordinary")),
                 _influence(row["influence"]),
                 number_cell(row["completeness_gap"]),
             ]
         )
-    columns = ("Record", "Tokens", "Probability", "Prompt position", "Strongest", "Random", "Training records", "Gap")
-    groups = [("", 3), ("Strongest", 1), ("Drop without neurons", 2), ("Influential", 1), ("Completeness", 1)]
+    columns = (
+        "Record",
+        "Tokens",
+        "Probability",
+        "Prompt position",
+        "Strongest",
+        "Random",
+        "Ordinary data",
+        "Training records",
+        "Gap",
+    )
+    groups = [("", 3), ("Strongest", 1), ("Drop without neurons", 3), ("Influential", 1), ("Completeness", 1)]
     title = "Attribution of each record, likeliest first; drops and gaps of the log-probability in nats"
-    return table(title, columns, lines, SOURCE, (1, 2, 4, 5, 7), groups)
+    return table(title, columns, lines, SOURCE, (1, 2, 4, 5, 6, 8), groups)
 
 
 def _strongest(prompt: Sequence[Json]) -> Cell:

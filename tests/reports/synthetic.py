@@ -695,7 +695,12 @@ def localise_result(rng: random.Random, names: dict[str, list[str]], blocks: int
                 "prompt": [{"position": i, "score": rng.gauss(0.1, 0.3)} for i in range(rng.randint(4, 12))],
                 "layers": layers()[:8],
                 "neurons": [{"block": rng.randrange(blocks), "neuron": rng.randrange(1536), "score": 0.2}],
-                "ablation": {"k": 64, "top": abs(rng.gauss(6, 2)), "random": rng.gauss(0.1, 0.1)},
+                "ablation": {
+                    "k": 64,
+                    "top": abs(rng.gauss(6, 2)),
+                    "random": rng.gauss(0.1, 0.1),
+                    "ordinary": abs(rng.gauss(0.2, 0.1)),
+                },
                 "influence": influence if index else None,
                 "completeness_gap": abs(rng.gauss(0, 0.01)),
             }

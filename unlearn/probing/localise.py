@@ -23,6 +23,7 @@ from unlearn.workspace import Workspace
 
 GAP = 0.05  # of the change in log p that the path integral may lose before a warning
 LISTED = 50  # neurons listed for a record
+ORDINARY = 8  # records of the data that are measured under the same ablation: a neuron can carry the whole model
 
 
 def run(workspace: Workspace, settings: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def run(workspace: Workspace, settings: dict[str, Any]) -> dict[str, Any]:
                 fill=fill,
                 draws=settings["draws"],
                 seed=workspace.job.options.seed,
+                control=ordinary[:ORDINARY],  # type: ignore[arg-type]
                 model_map=loaded.model_map,
             )
         )
@@ -119,7 +121,12 @@ def _row(
         "prompt": [{"position": i, "score": float(value)} for i, value in enumerate(found.prompt)],
         "layers": [{"block": cell.block, "module": cell.module, "score": cell.score} for cell in found.layers],
         "neurons": [{"block": cell.block, "neuron": cell.neuron, "score": cell.score} for cell in found.neurons],
-        "ablation": {"k": ablation.k, "top": ablation.top, "random": ablation.random_mean},
+        "ablation": {
+            "k": ablation.k,
+            "top": ablation.top,
+            "random": ablation.random_mean,
+            "ordinary": ablation.control,
+        },
         "influence": behind,
         "completeness_gap": found.completeness_gap,
     }
