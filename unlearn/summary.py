@@ -144,7 +144,8 @@ def _kfac_text(found: dict[str, Any]) -> list[str]:
     lines += _rows(("module", "pairs kept", "norm kept", "loss rise", "overlap A", "overlap G"), rows)
     if found["records"]:
         auc = found["records"]["auc"]
-        lines += ["", f"memorisation score, {found['records']['n']} records: AUC against control {_cell(auc)}"]
+        against = f"AUC against control {_cell(auc)}" if auc else "in probes/records.parquet"
+        lines += ["", f"memorisation score, {found['records']['n']} records: {against}"]
     return lines
 
 
