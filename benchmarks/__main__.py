@@ -9,7 +9,7 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("likelihood", "extraction", "memory", "importance", "identity")
+NAMES = ("likelihood", "extraction", "memory", "importance", "identity", "kfac", "selection", "scores")
 
 
 def main() -> int:
@@ -60,7 +60,8 @@ def main() -> int:
                 results[name] = [row.as_dict() for row in rows]
                 if options.json:
                     options.json.write_text(json.dumps({"environment": found, "results": results}, indent=2) + "\n")
-            print(f"\n{name}: {(module.__doc__ or '').splitlines()[0]}\n{table(rows)}", flush=True)
+            lines = getattr(module, "table", table)(rows)
+            print(f"\n{name}: {(module.__doc__ or '').splitlines()[0]}\n{lines}", flush=True)
     return 0
 
 

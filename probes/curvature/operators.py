@@ -14,13 +14,13 @@ theta^2 / N. It is positive semi-definite, reads no label, and equals the Fisher
     J v: the gradient of <J^T u, v> with respect to u, which is linear in u, so any u will do; then J^T (l'' J v) by one
          more backward pass
 
-The whole data set counts in every product, a few thousand tokens at a time at most, so memory depends on `batch_tokens`
-and not on the number of records. Logits exist for some positions at a time only and are computed again where they are
-needed twice. Nothing is differentiated below the lowest parameter asked for.
+Every record counts in every product, some hundred tokens at a time, so memory depends on `batch_tokens` and not on the
+number of records. Logits exist for some positions at a time only and are computed again where they are needed twice.
+Nothing is differentiated below the lowest parameter asked for.
 
 Measured on Llamas of 26 and 135 million weights on a CPU, in forward passes over the same tokens: over the whole model
 one product costs about 11 (Hessian) or 7.5 (GGN), over one block in the middle about 4 or 3.3. Vectors multiplied
-together (`matmat`) share the forward and the first backward pass: from four on a block costs about 2.7 or 2.2 each.
+together (`matmat`) share the forward and the first backward pass: four of them cost about 2.5 or 2.2 each over a block.
 
 Shape letters: B records in a piece, T padded tokens, N losses of a piece, C of them at once, d width, V classes or
 vocabulary, n weights, k vectors.
@@ -106,7 +106,8 @@ class CurvatureOperator(LinearOperator[Any]):
                 every product. Later changes of the weights are seen.
             records: at least one. Every record is used in every product.
             parameters: names as in `named_parameters()`, tied names included; all by default.
-            batch_tokens: padded tokens, or images, per piece: bounds memory and changes results by rounding only.
+            batch_tokens: padded tokens, or images, per piece: bounds memory and changes results by rounding only. By
+                default 512 (2048 on an accelerator), or as many images as hold a million numbers.
             model_map: the model's map, built when absent; an image classifier needs none.
             progress: called after every product with the number of vectors multiplied so far.
 
@@ -131,7 +132,7 @@ class CurvatureOperator(LinearOperator[Any]):
             self._source = _Images(model, cast("Sequence[ImageRecord]", records))
         first = next(iter(self._wanted.values()))
         self._device, self._type = first.device, first.dtype
-        self._pieces = self._source.pieces(batch_tokens or (512 if self._device.type == "cpu" else 8192))
+        self._pieces = self._source.pieces(batch_tokens or self._source.default())
         self._progress = progress
         self.parameters = {name: tuple(p.shape) for name, p in self._wanted.items()}
         self.n_records, self.n_losses = len(records), self._source.n
@@ -159,11 +160,6 @@ class CurvatureOperator(LinearOperator[Any]):
     def _matmat(self, X: Floats) -> Floats:  # scipy's name
         vectors = torch.from_numpy(np.array(X.T, dtype=self.dtype, order="C")).to(self._device)  # [k, n]
         totals = self._multiply(vectors, self._pieces)
-        if not bool(torch.isfinite(totals).all()):
-            raise UnsupportedError(
-                "expected finite curvature, found infinite or undefined numbers; the second derivatives of this model "
-                "overflow at these weights: use float64, or leave out the parameters concerned"
-            )
         self.products += len(vectors)
         if self._progress:
             self._progress(self.products)
@@ -190,6 +186,11 @@ class CurvatureOperator(LinearOperator[Any]):
             for piece in pieces:
                 states, leaves = self._source.states(piece), list(self._wanted.values())  # [N, d]
                 self._add(states, self._source.labels(piece), leaves, tangents, into)
+        if not bool(torch.isfinite(totals).all()):
+            raise UnsupportedError(
+                "expected finite curvature, found infinite or undefined numbers; the second derivatives of this model "
+                "overflow at these weights: use float64, or leave out the parameters concerned"
+            )
         return totals
 
     def _add(
@@ -283,11 +284,12 @@ class CurvatureOperator(LinearOperator[Any]):
             states, leaves = self._source.states(pieces[0]), list(self._wanted.values())
             _Jacobian(states, leaves, torch.ones_like(states)).visit()
         a, b = (self._multiply(signs, pieces)[0] for _ in range(2))  # [n]
-        if float((a - b).norm()) > _TOLERANCE * float(a.norm()):
+        squared = _dot(a, a)
+        if _dot(a - b, a - b) > _TOLERANCE**2 * squared:
             raise UnsupportedError(
                 "expected the same product from the same vector, found two; turn off what is random in the model"
             )
-        squared, again = float(a @ a), float(signs[0] @ self._multiply(a[None], pieces)[0])  # |A v|^2 and v^T A A v
+        again = _dot(signs[0], self._multiply(a[None], pieces)[0])  # v^T A (A v) for |A v|^2
         if abs(squared - again) > _TOLERANCE * squared:
             raise UnsupportedError(
                 f"expected a symmetric matrix of second derivatives, found {again:.3g} where {squared:.3g} belongs; "
@@ -449,6 +451,15 @@ class _LossGradient(torch.autograd.Function):
         return None, None, None, None, *found
 
 
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Inner product of two vectors [n], added up in float64: in fp32 a sum of many millions has few digits left."""
+    total = 0.0
+    for start in range(0, len(a), 1 << 20):
+        x, y = (v[start : start + (1 << 20)].double() for v in (a, b))
+        total += float(x @ y)
+    return total
+
+
 def _residual(logits: Tensor, labels: Tensor) -> Tensor:
     """Gradient of the cross entropy by logits [C, V], p - [c = y]; exact to rounding where p(y) is nearly 1.
 
@@ -487,6 +498,9 @@ class _Texts:
         ]
         self.head = {model_map.tied.get(name, name) for name in names}
 
+    def default(self) -> int:
+        return 512 if self._device.type == "cpu" else 2048
+
     def pieces(self, size: int) -> list[list[int]]:
         return length_batches(self._records, size)
 
@@ -517,6 +531,9 @@ class _Images:
         self._model, self._records = model, records
         self._device = next(model.parameters()).device
         self.n = len(records)
+
+    def default(self) -> int:
+        return max(1, 1_000_000 // self._records[0].pixels.numel())
 
     def pieces(self, size: int) -> list[list[int]]:
         order = range(self.n)
