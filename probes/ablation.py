@@ -96,7 +96,7 @@ def ablate(
         draws: sets of random neurons, at least one.
         seed: of the draws, together with the record's identifier.
         control: records whose completions are measured under the same ablations.
-        batch_tokens: tokens at once (an image counts 64).
+        batch_tokens: tokens, or patches, at once.
         model_map: the model's map, built when absent.
 
     Raises:

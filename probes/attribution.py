@@ -181,7 +181,8 @@ def attribute(
             without any context. "prompt" keeps the completion's own tokens: what the prompt adds when they are given.
         steps: points of the quadrature; a forward and a backward pass each, and two more for both ends.
         neurons: how many to return per record.
-        batch_tokens: bounds how many steps run at once (positions times steps; an image counts 64).
+        batch_tokens: bounds how many steps run at once (positions times steps). Halved when memory
+            runs out; results depend on it by rounding only.
         model_map: the model's map, built when absent.
         progress: called with (records done, records in all).
 
@@ -208,20 +209,28 @@ def attribute(
     budget = batch_tokens or default_batch_tokens(next(model.parameters()).device)
     targets = targets_of(model_map, records)
     watched = _Watched(parts_of(model_map), model_map.blocks[-1].name, neuron_sites(model_map))
-    found = []
-    try:
-        with gradients(model, {}, lambda name, gradient: None):
-            start = targets[0].neutral(baseline)
-            for target in targets:
+    found: list[Attribution] = []
+    with gradients(model, {}, lambda name, gradient: None):
+        start = targets[0].neutral(baseline)
+        while len(found) < len(targets):
+            target = targets[len(found)]
+            try:
                 found.append(_attribute(target, watched, start, inputs, steps, neurons, budget))
-                if progress:
-                    progress(len(found), len(records))
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        raise ResourceError(
-            "expected memory for one step of one record, found too little; lower batch_tokens or use a shorter record"
-        ) from None
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                if budget <= target.size:
+                    raise ResourceError(
+                        f"expected memory for one step of a record of {target.size} tokens, found too little; use a "
+                        "shorter record, a smaller dtype or another device"
+                    ) from None
+                short = True
+            else:
+                short = False
+            if short:  # outside the handler, so that the failed steps' tensors are released first
+                budget = max(target.size, budget // 2)
+            elif progress:
+                progress(len(found), len(records))
     return found
 
 

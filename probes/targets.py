@@ -31,7 +31,7 @@ Baseline = Literal["mean", "zero"] | int
 Vary = Literal["all", "prompt"]
 
 EMBEDDING_ROWS = 4096  # token embeddings alive at once while their mean is taken
-IMAGE_TOKENS = 64  # what an image counts for where a batch is bounded in tokens
+IMAGE_TOKENS = 64  # what an image of few patches counts for where a batch is bounded in tokens
 
 
 class Target(ABC):
@@ -188,7 +188,7 @@ class _Image(Target):
     def __init__(self, model_map: ModelMap, record: ImageRecord) -> None:
         super().__init__(model_map)
         self.record_id, self.n_tokens = record.record_id, 1
-        self._label, self.size, self.shape = record.label, IMAGE_TOKENS, ()
+        self._label, self.shape = record.label, ()
         dtype = next(model_map.model.parameters()).dtype
         self._pixels = record.pixels.to(self.device, dtype)[None]  # [1, C, H, W]
         self._patch = _patch_size(model_map)
@@ -196,6 +196,7 @@ class _Image(Target):
         rows, self._columns = -(-height // self._patch[0]), -(-width // self._patch[1])
         self.grid = (rows, self._columns)
         self.n_prompt = self.n_positions = rows * self._columns
+        self.size = max(IMAGE_TOKENS, self.n_positions)
 
     def inputs(self) -> Tensor:
         return self._pixels
