@@ -119,7 +119,12 @@ def _localise(raw: Json, _: Path) -> Json:
                 "id": clean(str(row["id"])),
                 "n_tokens": int_of(row.get("n_tokens")),
                 "log_prob": float_of(row.get("log_prob")),
-                "prompt": _scored(row.get("prompt"), "position"),
+                "prompt": [
+                    scored | {"occlusion": float_of(place.get("occlusion"))}
+                    for scored, place in zip(
+                        _scored(row.get("prompt"), "position"), row.get("prompt") or [], strict=True
+                    )
+                ],
                 "layers": _layers(row.get("layers")),
                 "neurons": _scored(row.get("neurons"), "block", "neuron"),
                 "ablation": {"k": int_of(row["ablation"].get("k"))}
@@ -136,6 +141,11 @@ def _localise(raw: Json, _: Path) -> Json:
             for row in raw.get("records") or []
         ],
         "heat": _layers(raw.get("heat")),
+        "parts": [
+            {"block": int_of(row.get("block")), "module": text_of(row.get("module"))}
+            | {key: float_of(row.get(key)) for key in ("drop", "ordinary", "contrast")}
+            for row in raw.get("parts") or []
+        ],
     }
 
 

@@ -171,7 +171,12 @@ def _localise_text(found: dict[str, Any]) -> list[str]:
         strongest = f"block {layer['block']} {layer['module'].replace('_', '-')}" if layer else "-"
         ablation = row["ablation"] or {}
         rows.append((row["id"], row["log_prob"], strongest, *(ablation.get(k) for k in ("top", "random", "ordinary"))))
-    return _rows(("record", "log p", "strongest layer", "ablated: top", "random", "ordinary"), rows)
+    lines = []
+    if found["parts"]:
+        part = max(found["parts"], key=lambda row: row["contrast"])
+        where = f"block {part['block']} {part['module'].replace('_', '-')}"
+        lines = [f"strongest part, beyond ordinary data: {where}, {_digits(part['contrast'])} nats a token"]
+    return lines + _rows(("record", "log p", "most attribution", "ablated: top", "random", "ordinary"), rows)
 
 
 def _condition_text(found: dict[str, Any]) -> list[str]:

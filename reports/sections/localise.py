@@ -35,10 +35,39 @@ def localise(result: Json) -> list[Block]:
         about(result),
         Prose(f"{SHOWS} {SHOWS_NOT}"),
         *warnings(result),
+        *_parts(result["parts"]),
         *_heat(result["heat"]),
     ]
     rows = sorted(result["records"], key=lambda row: (-(_per_token(row) or 0.0), row["id"]))
     return [*blocks, _table(rows)] if rows else [*blocks, Prose("Records not run: none was listed.")]
+
+
+def _parts(parts: Sequence[Json]) -> list[Block]:
+    """By how much more the records lose than ordinary data when one part of a block says what it says on average."""
+    contrasts = {
+        (row["module"] or "other", row["block"]): row["contrast"]
+        for row in parts
+        if row["block"] is not None and row["contrast"] is not None
+    }
+    if not contrasts:
+        return [Prose("Ablation of parts not run: it needs ordinary data to compare with.")]
+    (module, block), largest = max(contrasts.items(), key=lambda item: (item[1], item[0]))
+    caption = (
+        "Ablation of parts: by how many nats a token the records lose more than ordinary data when a part's output is "
+        "set to its ordinary mean. The best guide to where records of this kind sit."
+    )
+    alt = f"{caption} Largest: {number(largest)} in block {block}, {role_words(module)}."
+    return grid(
+        "localise-parts",
+        {place: max(value, 0.0) for place, value in contrasts.items()},
+        caption=caption,
+        alt=alt,
+        title="Ablation of parts, contrast to ordinary data, nats a token; parts without one are left out",
+        source="run.probes.localise.parts[]",
+        cell=number_cell,
+        cold="none",
+        high=f"up to {number(max(largest, 0.0))}",
+    )
 
 
 def _heat(heat: Sequence[Json]) -> list[Block]:
@@ -107,7 +136,11 @@ def _table(rows: Sequence[Json]) -> Table:
 
 
 def _strongest(prompt: Sequence[Json]) -> Cell:
-    """Share of the attribution on the strongest prompt position, and which it is."""
+    """The prompt position whose occlusion costs most; without occlusion the one with most attribution."""
+    occluded = [(row["occlusion"], row["position"]) for row in prompt if row["occlusion"] is not None]
+    if occluded:
+        drop, position = max(occluded, key=lambda item: item[0])
+        return Cell(f"position {number(position)}, from 0", f"{number(drop)} nats by occlusion")
     found = [(abs(row["score"]), row["position"]) for row in prompt if row["score"] is not None]
     total = sum(score for score, _ in found)
     if not total:

@@ -692,7 +692,14 @@ def localise_result(rng: random.Random, names: dict[str, list[str]], blocks: int
                 "id": name,
                 "n_tokens": tokens,
                 "log_prob": -tokens * abs(rng.gauss(0.4, 0.5)),
-                "prompt": [{"position": i, "score": rng.gauss(0.1, 0.3)} for i in range(rng.randint(4, 12))],
+                "prompt": [
+                    {
+                        "position": i,
+                        "score": rng.gauss(0.1, 0.3),
+                        "occlusion": rng.gauss(0.5, 0.5) if index % 2 else None,
+                    }
+                    for i in range(rng.randint(4, 12))
+                ],
                 "layers": layers()[:8],
                 "neurons": [{"block": rng.randrange(blocks), "neuron": rng.randrange(1536), "score": 0.2}],
                 "ablation": {
@@ -706,7 +713,17 @@ def localise_result(rng: random.Random, names: dict[str, list[str]], blocks: int
             }
         )
     settings = {"steps": 32, "neurons": 64, "draws": 5, "influence": 5, "seed": 0}
-    return {"settings": settings, "records": rows, "heat": layers()}
+    parts = [
+        {
+            "block": row["block"],
+            "module": row["module"],
+            "drop": row["score"],
+            "ordinary": 0.1,
+            "contrast": row["score"],
+        }
+        for row in layers()
+    ]
+    return {"settings": settings, "records": rows, "heat": layers(), "parts": parts}
 
 
 def matrices(rng: random.Random, _: dict[str, list[str]], blocks: int) -> Json:

@@ -383,7 +383,7 @@ def test_figures_have_a_text_alternative_and_a_table(runs: dict[str, Path], name
     source = document(runs[name], "probe.html")
     page = Page(source)
     described = page.all("figure", "aria-describedby")
-    assert len(described) == source.count("<figure") == {"all": 8, "kfac": 4, "condition": 1}[name]
+    assert len(described) == source.count("<figure") == {"all": 9, "kfac": 4, "condition": 1}[name]
     for reference in described:
         alternative = re.search(rf'id="{reference}">(.*?)</p>', source, re.S)
         assert alternative

@@ -126,7 +126,11 @@ def test_localise_names_positions_layers_neurons_and_training(world: World, tmp_
         assert len(row["layers"]) == 6
         assert row["influence"][0]["id"] == row["id"]  # nothing is closer to a record than itself
         assert row["ablation"]["k"] == 3
+        assert all(place["occlusion"] is not None for place in row["prompt"])
     assert sum(cell["score"] for cell in found["heat"]) == pytest.approx(1.0)
+    assert len(found["parts"]) == 6
+    assert all(part["contrast"] == pytest.approx(part["drop"] - part["ordinary"]) for part in found["parts"])
+    assert any("Influence" in text for text in found["warnings"])
 
 
 def test_condition_of_every_matrix(world: World, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from probes.ablation import Ablation, ablate
+from probes.ablation import Ablation, ablate, ablate_parts
 from probes.attribution import Attribution, attribute, heat
 from probes.classify import score_images
 from probes.figures import record_figures
@@ -30,8 +30,9 @@ def run(workspace: Workspace, settings: dict[str, Any]) -> dict[str, Any]:
     """Attribute, ablate, and rank training records where a training set is given."""
     loaded, sets = workspace.loaded("checkpoint"), workspace.sets()
     chosen = _most_probable(loaded, sets["records"], settings["records"])
-    parts = 3 if sets.get("training") else 2
-    step = _Steps(workspace, parts, len(chosen))
+    # Never-seen records of the same kind where there are some: what they lose too is not what holds the record.
+    ordinary = sets.get("control") or sets.get("retain") or []
+    step = _Steps(workspace, 2 + bool(ordinary) + bool(sets.get("training")), len(chosen))
     found = attribute(
         loaded.model,
         chosen,  # type: ignore[arg-type]
@@ -40,7 +41,6 @@ def run(workspace: Workspace, settings: dict[str, Any]) -> dict[str, Any]:
         model_map=loaded.model_map,
         progress=step(0),
     )
-    ordinary = sets.get("retain") or []
     fill = neuron_means(loaded.model, ordinary, model_map=loaded.model_map) if ordinary else None  # type: ignore[arg-type]
     ablations = []
     for number, (record, attribution) in enumerate(zip(chosen, found, strict=True), start=1):
@@ -57,20 +57,48 @@ def run(workspace: Workspace, settings: dict[str, Any]) -> dict[str, Any]:
             )
         )
         step(1)(number, len(chosen))
-    behind = _behind(workspace, loaded, chosen, settings["influence"], step(2)) if sets.get("training") else None
+    parts = (
+        ablate_parts(
+            loaded.model,
+            chosen,  # type: ignore[arg-type]
+            ordinary[: 2 * len(chosen)],  # type: ignore[arg-type]
+            model_map=loaded.model_map,
+            progress=step(2),
+        )
+        if ordinary
+        else ()
+    )
+    behind = None
+    if sets.get("training"):
+        behind = _behind(workspace, loaded, chosen, settings["influence"], step(2 + bool(ordinary)))
     rows = [
         _row(workspace, attribution, ablation, behind[i] if behind else None)
         for i, (attribution, ablation) in enumerate(zip(found, ablations, strict=True))
     ]
-    loose = sum(attribution.relative_gap > GAP for attribution in found)
+    warnings = []
+    if loose := sum(attribution.relative_gap > GAP for attribution in found):
+        warnings.append(
+            f"In {loose} of {len(found)} records the path integral misses more than {GAP:.0%}: take more steps."
+        )
+    if behind:
+        warnings.append(
+            "Influence comes from this checkpoint alone. Once a record is memorised its gradient is small, and its own "
+            "training often ranks no higher than other text: checkpoints from before would tell more."
+        )
     return {
         "records": rows,
         "heat": [{"block": cell.block, "module": cell.module, "score": cell.score} for cell in heat(found)],
-        "warnings": [
-            f"In {loose} of {len(found)} records the path integral misses more than {GAP:.0%}: take more steps."
-        ]
-        if loose
-        else [],
+        "parts": [
+            {
+                "block": part.block,
+                "module": part.module,
+                "drop": part.drop,
+                "ordinary": part.control_drop,
+                "contrast": part.contrast,
+            }
+            for part in parts
+        ],
+        "warnings": warnings,
     }
 
 
@@ -118,7 +146,10 @@ def _row(
         "id": workspace.pseudonym(found.record_id),
         "n_tokens": found.n_tokens,
         "log_prob": found.log_prob,
-        "prompt": [{"position": i, "score": float(value)} for i, value in enumerate(found.prompt)],
+        "prompt": [
+            {"position": i, "score": float(value), "occlusion": float(found.occlusion[i])}
+            for i, value in enumerate(found.prompt)
+        ],
         "layers": [{"block": cell.block, "module": cell.module, "score": cell.score} for cell in found.layers],
         "neurons": [{"block": cell.block, "neuron": cell.neuron, "score": cell.score} for cell in found.neurons],
         "ablation": {
