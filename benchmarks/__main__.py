@@ -9,7 +9,7 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("likelihood", "extraction", "memory", "importance", "identity", "kfac", "selection", "scores")
+NAMES = ("likelihood", "extraction", "memory", "importance", "identity", "kfac", "selection", "scores", "claims")
 
 
 def main() -> int:

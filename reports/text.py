@@ -193,6 +193,10 @@ CURVATURE = {
         "Input curvature",
         "Estimated trace of the second derivative of a record's loss by its inputs.",
     ),
+    "relative_curvature": (
+        "Relative curvature",
+        "Input curvature divided by the record's loss: how sensitive the answer is, however sure it is.",
+    ),
 }
 
 

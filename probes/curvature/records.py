@@ -18,24 +18,31 @@ images of a training set by curvature of the loss around them, and find the misl
 tr H^2 by finite differences and average over training, here it is tr H of the model as it is, from exact products:
 Hutchinson's v^T H v with random signs v, unbiased, one second backward pass a draw for a whole batch of records.
 
-The score is the mean over the four figures of asinh((figure - m) / s), with m the median and s = IQR / 1.349 of the
-figure over ordinary data that the caller gives: in units of the ordinary spread, linear within it, logarithmic far
-outside. Directions are fixed beforehand, all upwards:
+The score is the mean of asinh((figure - c) / s) over `low_energy`, `activation_ratio` and `relative_curvature`, with c
+the median and s = IQR / 1.349 of the figure over ordinary data that the caller gives: in units of the ordinary spread,
+linear within it, logarithmic far outside. All three point upwards, for reasons that hold for memorised text in a
+language model (l near 0) and for mislabelled images fitted by a classifier alike:
 
 - What only one record needs is shared by no other, so its gradient and activations lie where the data as a whole have
-  little curvature and little variance: `low_energy` and `activation_ratio` rise. That holds for memorised text and for
-  mislabelled images. It also holds for strange data that the model has never seen, which these two alone would flag.
-- A record that was fitted against its surroundings sits in a narrow basin. Among images that are all fitted,
-  mislabelled ones keep more absolute curvature. Between memorised and never-seen text it can be either way, since
-  near l = 0 every derivative of l vanishes with it (members having *less* curvature: 2407.02747). For l = exp(-m), m
-  the margin in nats, tr H / l = |dm/de|^2 - tr d^2 m / de^2 does not: it asks how sensitive the margin is, is large for
-  what was memorised and small or negative for what was not fitted at all. Both enter, so neither regime decides.
+  little curvature and little variance. The same is true of strange data that the model has never seen, so these two
+  figures alone would flag whatever is unlike the ordinary data.
+- A record that was fitted against its surroundings sits in a narrow basin. With l = exp(-h), h the margin in nats,
+  tr H / l = |dh/de|^2 - tr d^2 h / de^2 asks how sensitive the margin is to the inputs, however small l has become. It
+  is large for what was memorised, and small or negative for what was not fitted at all.
+
+`input_curvature` itself is no part of the score because its direction is not fixed. Every derivative of l vanishes with
+l. Among images that are all fitted the mislabelled are fitted last, keep more loss and more curvature, and come out on
+top; records never seen have more of both, and against them the memorised can come out at the bottom (members have less
+curvature than others: 2407.02747). The other figures are ratios in which l cancels.
 
 The losses of fitted records fall far below the rounding of 1 - p. They are computed from the gap between the gold logit
 and the others in float64, and every record is differentiated in units of its own loss.
 
-Limits: the figures order records, they prove nothing about one. Ordinary data that the factors were computed from
-look more ordinary than other data where positions are few: A is fitted to them.
+Limits: the figures order records, they prove nothing about one. Where memorised and other records differ by nothing but
+repetition only `relative_curvature` tells them apart, and `low_energy` can point the other way: what such a record has
+left to learn is what all have. Among images that a network fits without effort (small convolutions) the score is little
+better than chance, and plain loss, once its direction is known, beats it almost everywhere (`benchmarks/scores.py`).
+Data that the factors were computed from look more ordinary than they are where positions are few: A is fitted to them.
 
 Shape letters: R records, B of them in a batch, N losses in a batch, n rows of a map, m rows of one record at most,
 p = out features, q = in features, d width of a hidden state.
@@ -69,7 +76,8 @@ from probes.passes import gradients, losses_of, sum_type
 from probes.records import ImageRecord, TokenRecord, pad, predicting
 from probes.taps import Listener, Positions, Site, batches_of, check_positions, sites
 
-FIGURES = ("low_energy", "activation_ratio", "input_curvature", "relative_curvature")  # each higher if memorised
+FIGURES = ("low_energy", "activation_ratio", "input_curvature", "relative_curvature")
+SCORED = ("low_energy", "activation_ratio", "relative_curvature")  # each higher if memorised
 BOTTOM, TOP = 0.5, 0.1  # shares of the eigenvectors of A, from 2510.24256
 TILE_ELEMENTS = 1 << 22  # gradient components at once: 16 MB in fp32; a larger map takes one record at a time
 SECOND_TOKENS, SECOND_IMAGES = 512, 16  # a batch of the second derivative, which keeps both passes (16 times on a GPU)
@@ -176,7 +184,7 @@ def memorisation_scores(table: pd.DataFrame, ordinary: pd.DataFrame) -> NDArray[
     Raises:
         UsageError: fewer than two ordinary records, no figure in common, or figures that are not finite.
     """
-    names = [name for name in FIGURES if name in table and name in ordinary]
+    names = [name for name in SCORED if name in table and name in ordinary]
     if not names or len(ordinary) < 2:
         raise UsageError(
             f"expected curvature figures of at least 2 ordinary records, found {len(names)} figures of "
@@ -517,6 +525,8 @@ def _traces(
             u = cast(Tensor, _Slopes.apply(source, batch, means, states))  # type: ignore[no-untyped-call]
             e = leaf.tensor  # [B, T, d] or [B, ...]
             (slope,) = torch.autograd.grad(states, e, u, create_graph=True)
+            if not done:
+                _check_graph(slope)
             losses[batch] = means.cpu()
             for draw in range(draws):
                 v = torch.zeros(e.shape)
@@ -531,6 +541,23 @@ def _traces(
             if progress is not None:
                 progress(done, len(records))
     return losses.numpy(), traces
+
+
+def _check_graph(slope: Tensor) -> None:
+    """Refuse a gradient that is cut off from the inputs in places: what lies there would count as flat, silently."""
+    waiting, seen = [slope.grad_fn], {slope.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if node.name().rpartition("::")[2] in ("Error", "DelayedError"):
+            raise UnsupportedError(
+                "expected operations that can be differentiated twice, found one that is marked as not; leave the "
+                "curvature out (no draws), or load the model without custom kernels"
+            )
+        fresh = {later for later, _ in node.next_functions} - seen
+        seen |= fresh
+        waiting.extend(fresh)
 
 
 class _Leaf:
