@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from probes.errors import IntegrityError, UnlearnError, UsageError
+from unlearn.disk import disk_errors, write_atomic
 from unlearn.editing import EditRun
 from unlearn.evidence.criteria import EXIT_CODES
 from unlearn.pipeline import Pipeline, plan_only
@@ -28,7 +29,7 @@ from unlearn.records.raw import RawRecord, RecordFormat
 from unlearn.requests.presets import Criterion, Policy, load_method, load_policy, load_suite
 from unlearn.requests.probes import probe_settings
 from unlearn.requests.request import Request, load_request, record_sets, redacted
-from unlearn.runs.folder import RunFolder, digest, disk_errors, json_bytes, read_header, write_atomic
+from unlearn.runs.folder import RunFolder, digest, json_bytes, read_header
 from unlearn.runs.job import Job, Options, Source
 from unlearn.terminal import Display
 from unlearn.workspace import Live

@@ -546,7 +546,7 @@ def init(out: Annotated[Path, typer.Argument(help="file to write")] = Path("requ
 
     if out.exists():
         raise UsageError(f"expected a new file, found that {out} exists; choose another name")
-    from unlearn.runs.folder import write_atomic
+    from unlearn.disk import write_atomic
 
     write_atomic(out, template().encode())
     typer.echo(f"{out}: fill it in, then run `unlearn validate {out}`")

@@ -18,11 +18,12 @@ from probes.errors import IntegrityError, UsageError
 from probes.modelmap import ModelMap
 from probes.records import TokenRecord
 from unlearn.checkpoints.checkpoint import Checkpoint, LiveCheckpoint, open_checkpoint
+from unlearn.disk import file_sha256
 from unlearn.evidence.measure import Loaded, Progress, Record
 from unlearn.records.files import as_row, read_records
 from unlearn.records.raw import RawRecord
 from unlearn.records.tokens import data_digest, images, tokenise
-from unlearn.runs.folder import RunFolder, file_sha256
+from unlearn.runs.folder import RunFolder
 from unlearn.runs.job import ROLES, Job, environment
 from unlearn.runs.pseudonyms import load_key, pseudonym
 from unlearn.terminal import Display

@@ -15,7 +15,7 @@ from probes.records import ImageRecord
 from tests.conftest import World
 from unlearn import audit, forget
 from unlearn.api import Run
-from unlearn.runs.folder import file_sha256
+from unlearn.disk import file_sha256
 from unlearn.runs.job import Options
 from unlearn.runs.verify import passed, verify
 

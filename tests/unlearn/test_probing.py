@@ -16,7 +16,7 @@ from tests import tiny
 from tests.conftest import World
 from unlearn import api, cli
 from unlearn.checkpoints.checkpoint import open_checkpoint
-from unlearn.runs.folder import file_sha256
+from unlearn.disk import file_sha256
 from unlearn.runs.verify import passed, verify
 
 KFAC = {"blocks": [-1], "rho": 0.7}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.conftest import World
 from unlearn import cli
-from unlearn.runs.folder import file_sha256
+from unlearn.disk import file_sha256
 
 
 def weights(folder: Path) -> Path:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from probes.errors import UsageError
 from unlearn.checkpoints.manifest import Identity
-from unlearn.checkpoints.tensorfile import TensorInfo, as_tensor
-from unlearn.checkpoints.writer import Shard
+from unlearn.checkpoints.tensorfile import Shard, TensorInfo, as_tensor
 
 if TYPE_CHECKING:
     import torch

@@ -27,8 +27,8 @@ from probes.errors import ResourceError, UnsupportedError, UsageError
 from unlearn.checkpoints import manifest as folders
 from unlearn.checkpoints.base import Checkpoint
 from unlearn.checkpoints.manifest import Identity
-from unlearn.checkpoints.tensorfile import as_bytes, build_header, dtype_name, finite, tensor_digest
-from unlearn.checkpoints.writer import Deltas, Shard, TensorDelta, write_edited
+from unlearn.checkpoints.tensorfile import Shard, as_bytes, build_header, dtype_name, finite, tensor_digest
+from unlearn.checkpoints.writer import Deltas, TensorDelta, write_edited
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from probes.errors import UnsupportedError, UsageError
 from unlearn.checkpoints.tensorfile import TensorFile, tensor_digest
-from unlearn.runs.folder import file_sha256
+from unlearn.disk import file_sha256
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_WEIGHTS, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

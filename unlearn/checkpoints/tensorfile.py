@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -268,3 +268,13 @@ def _entries(path: Path, entries: dict[str, Any], base: int) -> Iterator[TensorI
 def _counts(value: object) -> TypeGuard[list[int]]:
     """A short list of non-negative 63-bit integers; `true` and `1.0` are none."""
     return isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A safetensors file to write: its name and header, and its tensors in the order of their bytes."""
+
+    name: str
+    header: bytes
+    tensors: tuple[TensorInfo, ...]
+    load: Callable[[TensorInfo], bytearray]  # raw bytes in a private buffer

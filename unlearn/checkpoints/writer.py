@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from probes.errors import IntegrityError, ResourceError, UsageError
 from unlearn.checkpoints.manifest import list_files
-from unlearn.checkpoints.tensorfile import CHUNK, TensorInfo, as_bytes, as_tensor, finite, tensor_digest
-from unlearn.runs.folder import disk_errors, file_sha256
+from unlearn.checkpoints.tensorfile import CHUNK, Shard, TensorInfo, as_bytes, as_tensor, finite, tensor_digest
+from unlearn.disk import disk_errors, file_sha256
 
 if TYPE_CHECKING:
     import torch
 
-    from unlearn.checkpoints.checkpoint import Checkpoint
+    from unlearn.checkpoints.base import Checkpoint
 
 Edit = Callable[[str, "torch.Tensor"], "torch.Tensor | None"]
 
@@ -65,16 +65,6 @@ class Deltas(list[TensorDelta]):
     tensor_digest: str
     manifest: list[dict[str, Any]]
     left_out: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A safetensors file to write: its name and header, and its tensors in the order of their bytes."""
-
-    name: str
-    header: bytes
-    tensors: tuple[TensorInfo, ...]
-    load: Callable[[TensorInfo], bytearray]  # raw bytes in a private buffer
 
 
 def write_edited(

@@ -12,7 +12,6 @@ pure functions of their inputs, so a resumed run ends with the bytes of an unint
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -25,7 +24,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probes.errors import IntegrityError, ResourceError, UsageError
+from probes.errors import IntegrityError, UsageError
+from unlearn.disk import disk_errors, file_sha256, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,12 +37,6 @@ HEARTBEAT_SECONDS = 5.0
 def now() -> str:
     """The time in UTC, RFC 3339 with a Z."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def jsonable(value: Any) -> Any:
@@ -68,31 +62,6 @@ def canonical(value: Any) -> str:
 def digest(value: Any) -> str:
     """`sha256:` digest of a value's canonical JSON."""
     return "sha256:" + hashlib.sha256(canonical(value).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn a full or read-only disk into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError("expected free disk space, found none; free some and resume the run") from None
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise ResourceError("expected a writable output folder, found none; choose another --out") from None
-        raise
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside, flush to disk, rename into place: a reader sees the old file or the new one."""
-    with disk_errors():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        with temporary.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
 
 
 class RunFolder:

@@ -20,8 +20,9 @@ from typing import Any
 
 from probes.errors import IntegrityError, UsageError
 from unlearn import reporting
+from unlearn.disk import file_sha256
 from unlearn.requests.presets import Criterion, criteria_digest
-from unlearn.runs.folder import check_chain, file_sha256, read_header
+from unlearn.runs.folder import check_chain, read_header
 
 _FREE = {"run.json", "events.jsonl"}  # status and the chain itself
 
