@@ -30,7 +30,7 @@ from unlearn.workspace import Workspace
 
 OVERLAP = 0.8  # below it the halves of the data disagree about the leading directions
 PLENTY = 10  # positions per dimension below which factors are noisy
-ORDINARY = 256  # records of the data that say what ordinary figures are
+ORDINARY = 64  # records of the data that say what ordinary figures are
 
 
 def run(workspace: Workspace, settings: dict[str, Any]) -> dict[str, Any]:
