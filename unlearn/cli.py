@@ -327,6 +327,7 @@ def probe_kfac(
     positions: Annotated[str | None, typer.Option(help="all, predicting, first [all]")] = None,
     rho: Annotated[float | None, typer.Option(help="curvature mass above the cut [the editor's]")] = None,
     correction: Annotated[str | None, typer.Option(help="none or ekfac [none]")] = None,
+    autocast: Annotated[str | None, typer.Option(help="bfloat16, for hardware that is fast at it [none]")] = None,
     memory_mb: Annotated[int | None, typer.Option(help="memory for factors; more passes where it is short")] = None,
     factors: Annotated[Path | None, typer.Option(help="use this factor file instead of measuring")] = None,
     save_factors: Annotated[Path | None, typer.Option(help="write the factors to this file")] = None,
@@ -347,6 +348,7 @@ def probe_kfac(
         positions=positions,
         rho=rho,
         correction=correction,
+        autocast=autocast,
         memory_mb=memory_mb,
     )
     run = api.probe(

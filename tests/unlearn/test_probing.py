@@ -86,6 +86,16 @@ def test_factors_written_and_read_again_give_the_same_result(world: World, tmp_p
         assert same["predicted_rise"] == pytest.approx(row["cut"]["predicted_rise"], rel=1e-6)
 
 
+def test_memory_costs_passes_and_autocast_little(world: World, tmp_path: Path) -> None:
+    plain, tight, half = (
+        kfac(world, tmp_path / str(i), settings=more).probe("kfac")["modules"]
+        for i, more in enumerate(({}, {"memory_mb": 1, "blocks": "all"}, {"autocast": "bfloat16"}))
+    )
+    assert tight[-1]["cut"]["kept_pairs"] == plain[-1]["cut"]["kept_pairs"]
+    assert half[-1]["mass"] != plain[-1]["mass"]
+    assert half[-1]["mass"] == pytest.approx(plain[-1]["mass"], rel=0.05)
+
+
 def test_ekfac_changes_the_cut_and_not_its_share(world: World, tmp_path: Path) -> None:
     plain, corrected = (
         kfac(world, tmp_path / name, settings={"correction": name}).probe("kfac") for name in ("none", "ekfac")

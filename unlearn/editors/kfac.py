@@ -80,6 +80,9 @@ class KFACParameters(MapParameters):
         correction: "ekfac" takes the exact second moments in the eigenbasis for masses, from one more pass.
         select: "random" keeps as many pairs drawn at random: a control, not a method.
         factors: path of a factor file to use; labels and positions are then the file's.
+        autocast: "bfloat16" runs the model's passes for the factors in it, sums stay in fp32: for hardware that is fast
+            at it.
+        memory_mb: memory for the factors; maps that do not fit together take further passes over the data.
         max_records: use a seeded sample of this many retain records.
         min_positions: refuse a module with fewer counted positions than this many times its larger side.
     """
@@ -93,6 +96,8 @@ class KFACParameters(MapParameters):
     correction: Literal["none", "ekfac"] = "none"
     select: Literal["curvature", "random"] = "curvature"
     factors: str | None = None
+    autocast: Literal["none", "bfloat16"] = "none"
+    memory_mb: Annotated[StrictInt, Field(ge=1)] | None = None
     max_records: Annotated[StrictInt, Field(ge=1)] | None = None
     min_positions: Annotated[float, Field(strict=True, ge=0)] = 1.0
 
@@ -220,6 +225,7 @@ class KFACEditor:
             version=self.version,
             labels=p.labels,
             positions=p.positions,
+            autocast=p.autocast,
             seed=context.seed if p.labels == "sampled" else None,
             modules=[site.key for site in maps],
             data=digest,
@@ -259,6 +265,8 @@ class KFACEditor:
             labels=self.parameters.labels,
             positions=self.parameters.positions,
             seed=context.seed,
+            memory_bytes=self.parameters.memory_mb * 2**20 if self.parameters.memory_mb else None,
+            compute_dtype=torch.bfloat16 if self.parameters.autocast == "bfloat16" else None,
             model_map=context.model_map,
             progress=progress,
         )

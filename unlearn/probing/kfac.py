@@ -118,6 +118,7 @@ def _factors(
         batch_tokens=settings["batch_tokens"],
         seed=workspace.job.options.seed,
         memory_bytes=memory * 2**20 if memory else None,
+        compute_dtype=torch.bfloat16 if settings["autocast"] == "bfloat16" else None,
         model_map=loaded.model_map,
         progress=workspace.progress,
     )

@@ -50,6 +50,7 @@ class KfacProbe(Schema):
         rho: share of the curvature mass below which component pairs are cut off; "auto" is the editor's.
         correction: "ekfac" measures the eigenvalues in a second pass.
         batch_tokens: padded tokens a batch.
+        autocast: "bfloat16" runs the passes for the factors in it; sums stay in fp32.
         memory_mb: memory for the factors; modules that do not fit together take further passes.
     """
 
@@ -62,6 +63,7 @@ class KfacProbe(Schema):
     rho: Annotated[float | Literal["auto"], _rho] = "auto"
     correction: Literal["none", "ekfac"] = "none"
     batch_tokens: Count | None = None
+    autocast: Literal["none", "bfloat16"] = "none"
     memory_mb: Count | None = None
 
 
