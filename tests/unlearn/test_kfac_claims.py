@@ -50,7 +50,7 @@ def test_wrong_labels_are_forgotten_and_true_ones_recovered(tmp_path: Path) -> N
 
 
 def test_planted_strings_are_forgotten_at_little_perplexity(tmp_path: Path) -> None:
-    world = language_model(SEED, strings=12, steps=150, new=128, data=300, layers=2)
+    world = language_model(SEED, strings=12, steps=220, new=128, data=300, layers=2)
     before = world.measure()
     assert before["recalled"].mean() > 0.9
 
