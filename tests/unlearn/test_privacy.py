@@ -93,6 +93,17 @@ def test_nothing_leaves_private(
     assert run("verify", "run-f") == 0
     assert run("diff", "run-a", "run-f") == 0
     assert run("forget", "--resume", "run-f") == 2
+    kfac = ("probe", "kfac", world.planted, "--data", world.retain, "--blocks=-1", "--display", "plain")
+    assert run(*kfac, "--records", "records.jsonl", "--control", world.control, "--out", "run-kfac") == 0
+    assert run(*kfac, "--records", "junk.jsonl", "--out", "run-kfac-junk") == 2
+    assert run("probe", "kfac", world.planted, "--data", "records.jsonl", "--out", "run-own") == 0
+    localise = ("probe", "localise", world.planted, "--records", "records.jsonl", "--data", world.retain, "--steps", 4)
+    assert run(*localise, "--training", "records.jsonl", "--out", "run-localise") == 0
+    spectrum = ("--steps", 4, "--samples", 2, "-k", 1, "--max-products", 20)
+    assert run("probe", "spectrum", world.planted, "--data", "records.jsonl", *spectrum, "--out", "run-spectrum") == 0
+    assert (
+        run("edit", "ssd", world.planted, "--records", "records.jsonl", "--retain", world.retain, "--out", "run-e") == 0
+    )
     for name in ("duplicate", "empty", "unknown", "junk", "long", "type"):
         assert run(*audit, "--records", f"{name}.jsonl", "--out", f"run-{name}") == 2
         run("validate", f"{name}.jsonl")
