@@ -3,7 +3,7 @@
 For completion token y_t after its gold context, with logits l and p = softmax(l), the pass yields
 
     log p(y_t),  rank of y_t,  top-1 minus top-2 logit,  y_t's logit minus the top-1,
-    mu = E_p[log p] (= minus the entropy),  sigma^2 = Var_p[log p],  log q(y_t) under a sampling scheme.
+    mu = E_p[log p] (= minus the entropy),  sigma^2 = Var_p[log p],  log q(y_t) under each sampling scheme asked for.
 
 Loss, zlib, Min-K% (arXiv 2310.16789), Min-K%++ (2404.02936), extraction strength, exact extraction, (n, p)-discoverable
 extraction (2410.19482) and exposure ranks are pure functions of these rows, see `probes.figures`.
@@ -83,6 +83,8 @@ class TokenTable:
         variance: Var_p[log p].
         scheme: the sampling scheme of `log_sampled`.
         splits: how often a batch was halved because memory ran out.
+        schemes: further sampling schemes, S of them.
+        log_schemes: [N, S] log q(y_t) under each of `schemes`.
     """
 
     record_ids: tuple[str, ...]
@@ -97,6 +99,8 @@ class TokenTable:
     variance: np.ndarray
     scheme: SamplingScheme
     splits: int = 0
+    schemes: tuple[SamplingScheme, ...] = ()
+    log_schemes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
     @property
     def match(self) -> np.ndarray:
@@ -139,8 +143,8 @@ def default_batch_tokens(device: torch.device) -> int:
     return 2048 if device.type == "cpu" else 32768
 
 
-def _sampled_log_prob(logits: Tensor, target: Tensor, scheme: SamplingScheme) -> Tensor:
-    """Log-probability of `target` [C] under a truncated or tempered softmax of `logits` [C, V]."""
+def decoder_scores(logits: Tensor, scheme: SamplingScheme) -> Tensor:
+    """Scores [C, V] whose softmax a decoder samples from, of `logits` [C, V]; -inf where it cannot emit the token."""
     scores = logits / scheme.temperature  # [C, V]
     if scheme.top_k is not None and scheme.top_k < scores.shape[-1]:
         kth = scores.topk(scheme.top_k).values[:, -1:]
@@ -151,6 +155,12 @@ def _sampled_log_prob(logits: Tensor, target: Tensor, scheme: SamplingScheme) ->
         drop = mass - ordered.softmax(-1) >= scheme.top_p  # mass strictly before the token already reaches top_p
         drop[:, 0] = False
         scores = scores.masked_fill(torch.zeros_like(drop).scatter_(-1, order, drop), -math.inf)
+    return scores
+
+
+def _sampled_log_prob(logits: Tensor, target: Tensor, scheme: SamplingScheme) -> Tensor:
+    """Log-probability of `target` [C] under a truncated or tempered softmax of `logits` [C, V]."""
+    scores = decoder_scores(logits, scheme)
     return scores.gather(-1, target[:, None]).squeeze(-1) - scores.logsumexp(-1)
 
 
@@ -170,15 +180,15 @@ def _top_two(logits: Tensor) -> Tensor:
     return torch.cat([inside, maxima[:, 1:], logits[:, blocks * BLOCK :]], dim=-1).topk(2).values
 
 
-def _reduce(logits: Tensor, target: Tensor, scheme: SamplingScheme) -> Tensor:
-    """Reduce one chunk of logits [C, V] (overwritten) to rows [C, 7] in the order of `TokenTable`'s arrays."""
+def _reduce(logits: Tensor, target: Tensor, schemes: Sequence[SamplingScheme]) -> Tensor:
+    """Reduce one chunk of logits [C, V] (overwritten) to rows [C, 6 + S]: six figures, then log q of each scheme."""
     elements = TILE_ELEMENTS if logits.device.type == "cpu" else CHUNK_ELEMENTS
     size = max(1, elements // logits.shape[-1])
     starts = range(0, len(target), size)
-    return torch.cat([_reduce_tile(logits[i : i + size], target[i : i + size], scheme) for i in starts])
+    return torch.cat([_reduce_tile(logits[i : i + size], target[i : i + size], schemes) for i in starts])
 
 
-def _reduce_tile(logits: Tensor, target: Tensor, scheme: SamplingScheme) -> Tensor:
+def _reduce_tile(logits: Tensor, target: Tensor, schemes: Sequence[SamplingScheme]) -> Tensor:
     """`_reduce` for so few rows that the reads of `logits` after the first find it in the processor's cache."""
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
@@ -186,7 +196,7 @@ def _reduce_tile(logits: Tensor, target: Tensor, scheme: SamplingScheme) -> Tens
     gold = logits.gather(-1, target[:, None])  # [C, 1]
     # Counted in floating point, where a sum is vectorised as one over booleans is not; exact below 2^24.
     rank = torch.gt(logits, gold, out=torch.empty_like(logits)).sum(-1)
-    sampled = None if scheme.plain else _sampled_log_prob(logits, target, scheme)
+    sampled = {scheme: _sampled_log_prob(logits, target, scheme) for scheme in set(schemes) if not scheme.plain}
     weight = logits.softmax(-1)  # [C, V]
     mass = weight.sum(-1)  # 1, up to the rounding of softmax's own sum, which is larger than this sum's
     log_total = (mass / weight.amax(-1)).log()  # of the sum of exp(logit - top), in which the top counts 1
@@ -196,12 +206,14 @@ def _reduce_tile(logits: Tensor, target: Tensor, scheme: SamplingScheme) -> Tens
     gap = (gold - top[:, :1]).squeeze(-1)
     log_prob = gap - log_total
     margin = top[:, 0] - top[:, 1]
-    columns = (log_prob, log_prob if sampled is None else sampled, rank, margin, gap, first - log_total, second)
-    return torch.stack(columns, dim=-1)
+    columns = (log_prob, rank, margin, gap, first - log_total, second)
+    return torch.stack([*columns, *(sampled.get(scheme, log_prob) for scheme in schemes)], dim=-1)
 
 
-def _batch_rows(model: nn.Module, model_map: ModelMap, batch: Sequence[TokenRecord], scheme: SamplingScheme) -> Tensor:
-    """Rows [sum of completion lengths, 7] of one batch, on the CPU, records in batch order."""
+def _batch_rows(
+    model: nn.Module, model_map: ModelMap, batch: Sequence[TokenRecord], schemes: Sequence[SamplingScheme]
+) -> Tensor:
+    """Rows [sum of completion lengths, 6 + S] of one batch, on the CPU, records in batch order."""
     device = next(model.parameters()).device
     ids, _ = pad(batch, device)  # [B, T]
     hidden = model_map.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
@@ -210,7 +222,7 @@ def _batch_rows(model: nn.Module, model_map: ModelMap, batch: Sequence[TokenReco
     targets = torch.tensor([token for record in batch for token in record.completion], device=device)  # [N]
     size = max(1, CHUNK_ELEMENTS // model_map.vocab_size)
     rows = [
-        _reduce(model_map.logits(states[start : start + size]), targets[start : start + size], scheme)
+        _reduce(model_map.logits(states[start : start + size]), targets[start : start + size], schemes)
         for start in range(0, len(targets), size)
     ]
     return torch.cat(rows).cpu()
@@ -222,13 +234,13 @@ class _Pass:
 
     model: nn.Module
     model_map: ModelMap
-    scheme: SamplingScheme
+    schemes: Sequence[SamplingScheme]
     splits: int = 0
     rows: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, records: Sequence[TokenRecord], batch: list[int]) -> None:
         try:
-            rows = _batch_rows(self.model, self.model_map, [records[i] for i in batch], self.scheme)
+            rows = _batch_rows(self.model, self.model_map, [records[i] for i in batch], self.schemes)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -270,6 +282,7 @@ def score(
     batch_tokens: int | None = None,
     batch_size: int | None = None,
     scheme: SamplingScheme | None = None,
+    schemes: Sequence[SamplingScheme] = (),
     order: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> TokenTable:
@@ -282,6 +295,7 @@ def score(
         batch_tokens: padded tokens per batch; by default `default_batch_tokens`.
         batch_size: records per batch instead, in the order given.
         scheme: sampling rule for `log_sampled`; plain sampling by default.
+        schemes: further sampling rules for `log_schemes`, in the same pass; one that repeats costs nothing.
         order: a permutation of record indices to batch in, for the A/A noise floor; results stay in input order.
         progress: called with (records done, records in all).
 
@@ -295,7 +309,7 @@ def score(
     model_map = model_map or ModelMap.of(model)
     scheme = scheme or SamplingScheme()
     check_records(records, model_map.vocab_size)
-    run = _Pass(model, model_map, scheme)
+    run = _Pass(model, model_map, (scheme, *schemes))
     indices = list(range(len(records))) if order is None else list(order)
     arranged = [records[i] for i in indices]
     if batch_size is not None:
@@ -311,21 +325,24 @@ def score(
             if progress:
                 progress(done, len(records))
     by_record = {indices[i]: rows for i, rows in run.rows.items()}
-    table = torch.cat([by_record[i] for i in range(len(records))]) if records else torch.zeros(0, 7)
-    columns = table.numpy().T
+    rows = [by_record[i] for i in range(len(records))]
+    table = (torch.cat(rows) if rows else torch.zeros(0, 7 + len(schemes))).numpy()
+    log_prob, rank, margin, gap, mean, variance, log_sampled = (column.copy() for column in table.T[:7])
     return TokenTable(
         record_ids=tuple(record.record_id for record in records),
         compressed_bytes=np.array([record.compressed_bytes for record in records], dtype=np.int64),
         offsets=np.cumsum([0] + [record.n_tokens for record in records]),
-        log_prob=columns[0].copy(),
-        log_sampled=columns[1].copy(),
-        rank=columns[2].astype(np.int64),
-        margin=columns[3].copy(),
-        gap=columns[4].copy(),
-        mean=columns[5].copy(),
-        variance=columns[6].copy(),
+        log_prob=log_prob,
+        log_sampled=log_sampled,
+        rank=rank.astype(np.int64),
+        margin=margin,
+        gap=gap,
+        mean=mean,
+        variance=variance,
         scheme=scheme,
         splits=run.splits,
+        schemes=tuple(schemes),
+        log_schemes=table[:, 7:].copy(),
     )
 
 

@@ -78,8 +78,9 @@ def test_float32_sums_over_a_large_vocabulary_stay_accurate() -> None:
     # A plain softmax sums in an order that loses another digit here.
     logits = 5 * torch.randn(20, 50_000, generator=torch.Generator().manual_seed(0))
     target = torch.arange(20)
-    single = likelihood._reduce(logits.clone(), target, SamplingScheme()).double()
-    torch.testing.assert_close(single, likelihood._reduce(logits.double(), target, SamplingScheme()), rtol=0, atol=4e-6)
+    schemes = (SamplingScheme(),)
+    single = likelihood._reduce(logits.clone(), target, schemes).double()
+    torch.testing.assert_close(single, likelihood._reduce(logits.double(), target, schemes), rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 9, 20, 37])
@@ -119,6 +120,56 @@ def test_sampled_probability_is_what_the_decoder_samples_from(scheme: SamplingSc
         expected = warpers(None, logits).log_softmax(-1)
         gold = expected[torch.arange(record.n_tokens), torch.tensor(record.completion)]
         np.testing.assert_allclose(table.log_sampled[table.rows(i)], gold.numpy(), rtol=1e-9)
+
+
+SCHEMES = (
+    SamplingScheme(0.7),
+    SamplingScheme(1.0, top_k=5),
+    SamplingScheme(),
+    SamplingScheme(1.3, top_k=20, top_p=0.6),
+    SamplingScheme(1.0, top_k=5),
+)
+
+
+def test_several_schemes_in_one_pass_equal_one_pass_each() -> None:
+    model, records = tiny.causal_lm("gpt2").double(), make_records(LENGTHS)
+    model_map, passes = ModelMap.of(model), []
+    handle = model_map.backbone().register_forward_hook(lambda *_: passes.append(1))
+    table = score(model, records, scheme=SamplingScheme(0.7), schemes=SCHEMES, batch_size=9, model_map=model_map)
+    assert len(passes) == 1
+    handle.remove()
+    assert table.schemes == SCHEMES
+    assert table.log_schemes.shape == (len(table.log_prob), len(SCHEMES))
+    for s, scheme in enumerate(SCHEMES):
+        alone = score(model, records, scheme=scheme, batch_size=9)
+        np.testing.assert_array_equal(table.log_schemes[:, s], alone.log_sampled)
+        np.testing.assert_array_equal(table.log_prob, alone.log_prob)
+        np.testing.assert_array_equal(table.rank, alone.rank)
+    np.testing.assert_array_equal(table.log_sampled, table.log_schemes[:, 0])
+    np.testing.assert_array_equal(table.log_schemes[:, 2], table.log_prob)
+    np.testing.assert_array_equal(table.log_schemes[:, 4], table.log_schemes[:, 1])
+
+
+def test_a_scheme_that_repeats_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[SamplingScheme] = []
+    real = likelihood._sampled_log_prob
+
+    def counted(logits, target, scheme):
+        asked.append(scheme)
+        return real(logits, target, scheme)
+
+    monkeypatch.setattr(likelihood, "_sampled_log_prob", counted)
+    model, records = tiny.causal_lm("llama"), make_records(LENGTHS)
+    score(model, records, batch_size=9)
+    assert asked == []  # plain sampling needs no distribution of its own
+    score(model, records, schemes=SCHEMES, batch_size=9)
+    assert sorted(asked, key=repr) == sorted(set(SCHEMES) - {SamplingScheme()}, key=repr)
+
+
+def test_schemes_without_records_and_records_without_schemes() -> None:
+    model = tiny.causal_lm("llama")
+    assert score(model, [], schemes=SCHEMES).log_schemes.shape == (0, len(SCHEMES))
+    assert score(model, make_records([(2, 3)])).log_schemes.shape == (3, 0)
 
 
 def test_the_last_token_and_real_padding_ids_are_scored() -> None:
