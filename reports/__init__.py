@@ -12,14 +12,16 @@ from __future__ import annotations
 from reports.build import build
 from reports.documents import AUDIENCES, FORMATS, check, load_report, write
 from reports.reading import ReportError
-from reports.schema import PROBE_SCHEMA, SCHEMA, probe_schema, report_schema
+from reports.schema import ATTACK_SCHEMA, PROBE_SCHEMA, SCHEMA, attack_schema, probe_schema, report_schema
 
 __all__ = [
+    "ATTACK_SCHEMA",
     "AUDIENCES",
     "FORMATS",
     "PROBE_SCHEMA",
     "SCHEMA",
     "ReportError",
+    "attack_schema",
     "build",
     "check",
     "load_report",

@@ -55,7 +55,8 @@ class Line:
 class Table:
     """A table with a caption and the place in report.json its numbers come from (none for fixed text).
 
-    `groups` heads neighbouring columns together: (words, number of columns), covering all columns.
+    `groups` heads neighbouring columns together: (words, number of columns), covering all columns. A table that is not
+    `brief` has as many rows in Markdown as on the page.
     """
 
     kind: ClassVar[str] = "table"
@@ -67,6 +68,7 @@ class Table:
     total: int = 0
     numeric: frozenset[int] = frozenset()
     groups: Sequence[tuple[str, int]] = ()
+    brief: bool = True
 
     @property
     def flat_columns(self) -> list[str]:
@@ -195,13 +197,14 @@ def table(
     numeric: Iterable[int] = (),
     groups: Sequence[tuple[str, int]] = (),
     most: int = ROWS,
+    brief: bool = True,
 ) -> Table:
     """A table of `most` rows at most, group headings included; fixed text, which has no source, is never shortened."""
     full = [line if isinstance(line, Line) else Line(line) for line in lines]
     total = sum(line.form != "group" for line in full)
     kept = full[:most] if source else full
     shown = sum(line.form != "group" for line in kept)
-    return Table(caption, columns, kept, source, total - shown, total, frozenset(numeric), groups)
+    return Table(caption, columns, kept, source, total - shown, total, frozenset(numeric), groups, brief)
 
 
 def figure_cell(figure: Json | None, metric: str = "", *, difference: bool = False) -> Cell:

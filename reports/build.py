@@ -14,15 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from reports.arms import measured_arms
+from reports.attacks import STAGES, attack_columns, attack_details, attack_rows
 from reports.probes import probe_results, record_figures
 from reports.reading import ReportError, figure_of, float_of, int_of, read, rows_of, text_of
-from reports.schema import PROBE_SCHEMA, SCHEMA
-from reports.text import CLAIM_LEVELS, VERDICTS, Json, clean, finite, tree
+from reports.schema import ATTACK_SCHEMA, PROBE_SCHEMA, SCHEMA
+from reports.text import CLAIM_LEVELS, VERDICTS, Json, clean, tree
 
-RESIDUAL_FLOOR = 0.2
 DURABILITY = "recovery"  # first part of the names of attacks on an edit: recovery.relearning, recovery.pruning
-STAGES = ("before", "after", "reference")
 SETS = ("records", "control", "retain")
 _OUTSIDE_CUSTODY = {"private", "report", "attest", "run.json", "events.jsonl"}
 _GREEDY_RANK = {"extracted": 2, "uncertain": 1}
@@ -43,10 +41,10 @@ _CHECKPOINT_KEYS = (
 
 
 def build(run: Path) -> Json:
-    """The report of a run folder, as the dictionary that report.json (of a probe run: probe.json) holds.
+    """The report of a run folder, as the dictionary that report.json (or probe.json, or attack.json) holds.
 
     Args:
-        run: run folder of an audit, a forget run or a probe run, finished or not.
+        run: run folder of an audit, a forget run, a probe run or an attack run, finished or not.
 
     Raises:
         ReportError: if the folder is no run folder, is one of an edit alone, or a file in it is damaged.
@@ -62,6 +60,8 @@ def _build(run: Path) -> Json:
     kind = header.get("kind")
     if kind == "probe":
         return _build_probe(run, header)
+    if kind == "attack":
+        return _build_attack(run, header)
     if kind == "edit":
         raise ReportError(
             "expected a run that measured something, found an edit alone, which tested nothing; audit its checkpoint "
@@ -69,14 +69,15 @@ def _build(run: Path) -> Json:
         )
     if kind not in ("audit", "forget"):
         raise ReportError(
-            "expected kind audit, forget or probe in run.json, found another; was this written by unlearn?"
+            "expected kind audit, forget, probe or attack in run.json, found another; was this written by unlearn?"
         )
     measured = {stage: _measurement(run, stage) for stage in STAGES}
     paired = read(run, "compare/paired.json", required=False)
     decision = read(run, "compare/criteria.json", required=False)
     request = read(run, "inputs/request.json", required=False)
     custody = _custody(run, measured)
-    attacks = _attacks(run, measured, paired.get("arms") or {})
+    details = attack_details(run)
+    attacks = attack_rows(run, measured, details, paired)
     conditions = _conditions(run, header)
     return {
         "schema": SCHEMA,
@@ -87,6 +88,7 @@ def _build(run: Path) -> Json:
             "sets": _sets(read(run, "inputs/sets.json", required=False), SETS),
             "measurements": measured,
             "probes": probe_results(run),
+            "attacks": details,
         },
         "checkpoint": _checkpoints(run, measured, custody),
         "request": _request(request),
@@ -126,6 +128,41 @@ def _build_probe(run: Path, header: Json) -> Json:
         ],
         "limits": limits,
         "custody": _custody(run, {}) | {"tensor_digest_in": checkpoint["tensor_digest"]},
+    }
+
+
+def _build_attack(run: Path, header: Json) -> Json:
+    """The report of one attack alone: no edit, no criteria, no verdict."""
+    measured = {"before": _measurement(run, "before"), "after": None, "reference": _measurement(run, "reference")}
+    details = attack_details(run)
+    rows = attack_rows(run, measured, details, {})
+    sets = read(run, "inputs/sets.json", required=False)
+    limits = [clean(str(text)) for row in sets.values() for text in (row or {}).get("limits") or []]
+    if not rows:
+        limits.append("The run stopped before the attack had finished.")
+    conditions = _conditions(run, header)
+    checkpoint, reference = read(run, "inputs/checkpoint.json"), read(run, "inputs/reference.json", required=False)
+    described = _checkpoint(checkpoint)
+    return {
+        "schema": ATTACK_SCHEMA,
+        "tool": _tool(conditions),
+        "run": conditions
+        | {
+            "kind": "attack",
+            "sets": _sets(sets, ["records", "control", *sorted(sets.keys() - {"records", "control"})]),
+            "config": tree(read(run, "inputs/config.json", required=False)),
+            "measurements": measured,
+            "attacks": details,
+        },
+        "checkpoint": {
+            "before": described,
+            "after": None,
+            "reference": _checkpoint(reference) if reference else None,
+        },
+        "records": _records(run),
+        "attacks": rows,
+        "limits": limits,
+        "custody": _custody(run, {}) | {"tensor_digest_in": described["tensor_digest"]},
     }
 
 
@@ -279,11 +316,16 @@ def _method(run: Path) -> Json | None:
 
 
 def _records(run: Path) -> list[Json]:
-    """One row per record, worst first: extracted, then uncertain, then by probability, on the latest checkpoint."""
+    """One row per record, worst first on the latest checkpoint: most attacks that hit, then extracted, then uncertain,
+    then by probability.
+    """
     stages = {stage: rows_of(run, f"{stage}/records.parquet") for stage in STAGES}
     for name, probed in record_figures(run).items():  # what a probe found on the checkpoint before the edit
         if name in stages["before"]:
             stages["before"][name] = probed | stages["before"][name]
+    for stage in STAGES:
+        for name, found in attack_columns(run, stage).items():
+            stages[stage][name] = found | stages[stage].get(name, {})
     control = [row["loss"] for row in rows_of(run, "after/control.parquet").values() if row.get("loss") is not None]
     never_seen = max(control, default=None)
     rows = []
@@ -299,10 +341,15 @@ def _records(run: Path) -> list[Json]:
     return sorted(rows, key=_badness)
 
 
-def _badness(row: Json) -> tuple[int, float, str]:
+def _badness(row: Json) -> tuple[int, int, float, str]:
     now = row["after"] or row["before"] or {}
     probability = now.get("probability", now.get("label_probability"))
-    return -_GREEDY_RANK.get(now.get("greedy", ""), 0), -(probability if probability is not None else -1.0), row["id"]
+    return (
+        -len(now.get("hits") or []),
+        -_GREEDY_RANK.get(now.get("greedy", ""), 0),
+        -(probability if probability is not None else -1.0),
+        row["id"],
+    )
 
 
 def _flags(row: Json, never_seen: float | None) -> list[str]:
@@ -321,63 +368,6 @@ def _flags(row: Json, never_seen: float | None) -> list[str]:
     if loss is not None and never_seen is not None and loss > never_seen:
         flags.append("over-forgotten")
     return flags
-
-
-def _attacks(run: Path, measured: Json, paired: Json) -> list[Json]:
-    """Every attack any stage names, in order, with its figure on each arm; the latest stage decides run or not run."""
-    rows: dict[str, Json] = {}
-    for stage in ("before", "after"):
-        for attack in read(run, f"{stage}/metrics.json", required=False).get("attacks") or []:
-            rows[clean(str(attack.get("name") or "unnamed"))] = tree(attack)
-    result = []
-    for name, attack in rows.items():
-        metric = attack.get("figure") or ""
-        ran = attack.get("status") == "run"
-        given = paired.get(metric) or {}
-        level = measured_arms(measured, metric)
-        arms = {arm: figure_of(given.get(arm)) or level[arm] if ran and metric else None for arm in "OUNR"}
-        result.append(
-            {
-                "name": name,
-                "goal": attack.get("goal") or "unspecified",
-                "access": attack.get("access") or "unspecified",
-                "budget": attack.get("budget"),
-                "status": "run" if ran else "not_run",
-                "reason": attack.get("reason") or (None if ran else "no reason was recorded"),
-                "metric": metric or None,
-                "arms": arms,
-                "residual": _residual(arms, given.get("residual")),
-            }
-        )
-    return result
-
-
-def _residual(arms: Json, given: Any) -> Json | None:
-    """(U - N) / (O - N), "not testable" where the records stood out by less than 0.2 before; None without three arms.
-
-    For a figure where higher is better (a loss), O - N is negative when a record stands out, so the gap takes the
-    figure's direction into account.
-    """
-    original, edited, control = ((arms[arm] or {}).get("value") for arm in "OUN")
-    if original is None or edited is None or control is None:
-        return None
-    gap = (original - control) * (-1 if arms["O"]["direction"] == "higher" else 1)
-    figure = figure_of(given) or {
-        "value": finite((edited - control) / (original - control)) if original != control else None,
-        "unit": "ratio",
-        "n": arms["U"]["n"],
-        "ci_low": None,
-        "ci_high": None,
-        "ci_level": None,
-        "direction": "lower",
-    }
-    given = given if isinstance(given, dict) else {}
-    if gap < RESIDUAL_FLOOR:
-        reason = f"before the edit the records stood out from control by {gap:.3f}, less than {RESIDUAL_FLOOR}"
-        blank = {"value": None, "ci_low": None, "ci_high": None}
-        return figure | blank | {"status": "not testable", "reason": text_of(given.get("reason")) or reason}
-    status = "not testable" if given.get("status") == "not testable" else "ok"
-    return figure | {"status": status, "reason": text_of(given.get("reason"))}
 
 
 def _utility(kind: str, paired: Json) -> Json:

@@ -2,7 +2,8 @@
 
 report.json is the source of the other formats and is always written with them. The engineer's page is report.html; the
 other audiences have their own file (report-regulator.html), so that all can lie side by side and be checked by name.
-The documents of a probe run are probe.json, probe.html and probe.md, in one edition.
+The documents of a probe run are probe.json, probe.html and probe.md, those of an attack run attack.json, attack.html
+and attack.md, both in one edition.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from pathlib import Path
 
 from reports.build import build, dumps
 from reports.reading import ReportError
-from reports.schema import PROBE_SCHEMA, SCHEMA
+from reports.schema import ATTACK_SCHEMA, PROBE_SCHEMA, SCHEMA
 from reports.text import Json, clean
 
 FORMATS = ("json", "html", "md")
 AUDIENCES = ("engineer", "regulator", "subject")
+STEMS = {SCHEMA: "report", PROBE_SCHEMA: "probe", ATTACK_SCHEMA: "attack"}  # of the documents' names
 
 
 def write(run: Path, formats: Sequence[str] = FORMATS, audience: str = "engineer") -> list[Path]:
@@ -29,8 +31,8 @@ def write(run: Path, formats: Sequence[str] = FORMATS, audience: str = "engineer
     Args:
         run: run folder.
         formats: any of json, html, md; the JSON document is written in any case.
-        audience: engineer, regulator or subject; report.json is the same for all. A probe run has no other edition
-            than the engineer's.
+        audience: engineer, regulator or subject; report.json is the same for all. A probe run and an attack run have
+            no other edition than the engineer's.
 
     Returns:
         The files written, the JSON document first.
@@ -45,9 +47,9 @@ def write(run: Path, formats: Sequence[str] = FORMATS, audience: str = "engineer
         raise ReportError(f"expected an audience out of {', '.join(AUDIENCES)}, found {clean(audience, 40)!r}")
     run = Path(run)
     stem, render = _renderer(run)
-    if stem == "probe" and audience != "engineer":
+    if stem != "report" and audience != "engineer":
         raise ReportError(
-            f"expected no audience for a probe run, which has one edition, found {audience!r}; leave it out"
+            f"expected no audience for a run of kind {stem}, which has one edition, found {audience!r}; leave it out"
         )
     names = [_name(stem, audience, suffix) for suffix in FORMATS if suffix in (*formats, "json")]
     contents = [(name, render(name)) for name in names]
@@ -83,14 +85,15 @@ def check(run: Path) -> list[str]:
 
 
 def load_report(run: Path) -> Json:
-    """report/report.json of a run folder; of a probe run, report/probe.json.
+    """report/report.json of a run folder; of a probe run, report/probe.json; of an attack run, report/attack.json.
 
     Raises:
         ReportError: if it is absent, damaged or of another schema.
     """
     folder = Path(run) / "report"
-    probed = (folder / "probe.json").is_file() and not (folder / "report.json").is_file()
-    name, schema = ("probe.json", PROBE_SCHEMA) if probed else ("report.json", SCHEMA)
+    names = {f"{stem}.json": schema for schema, stem in STEMS.items()}
+    name = next((name for name in names if (folder / name).is_file()), "report.json")
+    schema = names[name]
     try:
         report = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,7 +112,7 @@ def _name(stem: str, audience: str, suffix: str) -> str:
 def _renderer(run: Path) -> tuple[str, Callable[[str], bytes]]:
     """The stem of the documents' names and a function from a name to its bytes, sharing one reading of the run."""
     report = build(run)
-    stem = "probe" if report["schema"] == PROBE_SCHEMA else "report"
+    stem = STEMS[report["schema"]]
     source = dumps(report)
     digest = f"sha256:{hashlib.sha256(source).hexdigest()}"
     signoffs = _signoffs(run)

@@ -22,17 +22,30 @@ class ReportError(Exception):
 
 def read(run: Path, name: str, *, required: bool = True) -> Json:
     """A JSON object of the run folder; {} if it is absent and not required."""
-    try:
-        value = json.loads((run / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not required:
-            return {}
-        raise ReportError(f"expected {name} in the run folder, found none; name the folder that holds it") from None
-    except (OSError, ValueError):
-        raise ReportError(f"expected readable JSON in {name}, found none; the run folder is damaged", 4) from None
+    value = _read(run, name, None if required else {})
     if not isinstance(value, dict):
         raise ReportError(f"expected an object in {name}, found something else; the run folder is damaged", 4)
     return value
+
+
+def read_list(run: Path, name: str) -> list[Json]:
+    """A JSON list of objects of the run folder; [] if it is absent."""
+    value = _read(run, name, [])
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise ReportError(f"expected a list of objects in {name}, found something else; the run folder is damaged", 4)
+    return value
+
+
+def _read(run: Path, name: str, absent: Any) -> Any:
+    """A JSON file; `absent` if there is none, unless that is None."""
+    try:
+        return json.loads((run / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if absent is not None:
+            return absent
+        raise ReportError(f"expected {name} in the run folder, found none; name the folder that holds it") from None
+    except (OSError, ValueError):
+        raise ReportError(f"expected readable JSON in {name}, found none; the run folder is damaged", 4) from None
 
 
 def text_of(value: Any) -> str | None:

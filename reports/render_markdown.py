@@ -52,7 +52,7 @@ def cell(value: Cell) -> Trusted:
 
 
 def lines(table: Table) -> list[list[Trusted]]:
-    """The rows of a table, each padded to its width, capped at `ROWS` unless they are fixed text."""
+    """The rows of a table, each padded to its width, capped at `ROWS` if it is brief and no fixed text."""
     width = len(table.columns)
     rows = []
     for line in _shown(table):
@@ -69,7 +69,7 @@ def omitted(table: Table) -> int:
 
 
 def _shown(table: Table) -> Sequence[Line]:
-    return table.lines[:ROWS] if table.source else table.lines
+    return table.lines[:ROWS] if table.source and table.brief else table.lines
 
 
 @cache

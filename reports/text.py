@@ -199,6 +199,40 @@ CURVATURE = {
     ),
 }
 
+# First part of an attack's name: heading of its family, in reading order
+FAMILIES = {
+    "verbatim": "Verbatim extraction",
+    "recollection": "Recollection",
+    "near_verbatim": "Near-verbatim extraction",
+    "regurgitation": "Regurgitation",
+    "exfiltration": "Exfiltration",
+    "untargeted": "Untargeted extraction",
+    "exposure": "Exposure of canaries",
+    "pii": "Personal data",
+    "template": "Template extraction",
+    "compression": "Adversarial compression",
+    "elicitation": "Elicitation",
+    "membership": "Membership inference",
+    "privacy_bound": "Privacy bound",
+    "memory": "Memory",
+    "duplicates": "Near-duplicates",
+    "model_inversion": "Model inversion",
+    "reconstruction": "Reconstruction",
+    "hidden_knowledge": "Hidden knowledge",
+    "edit_difference": "Difference of both checkpoints",
+    "recovery": "Recovery after the edit",
+}
+
+# Parts of attacks' names that are not written as they are spelt there
+ATTACK_WORDS = {
+    "near_verbatim": "near-verbatim",
+    "pii": "PII",
+    "min_k": "Min-K%",
+    "min_k_plus_plus": "Min-K%++",
+    "recall": "ReCaLL",
+    "rmia": "RMIA",
+}
+
 
 COUNTED = ("extraction.greedy", "correct")  # shares of yes-or-no records
 
@@ -211,6 +245,8 @@ def metric_label(name: str) -> str:
     head, dot, rest = name.partition(".")
     if dot and head in ("retain", "control", "records") and rest:
         return f"{metric_label(rest)}, {head} set" if head != "records" else metric_label(rest)
+    if head in FAMILIES:
+        return attack_label(name)
     return sentence_case(words_of(name))
 
 
@@ -251,9 +287,30 @@ def words_of(name: str) -> str:
 
 def attack_label(name: str) -> str:
     """`verbatim.greedy` as `Verbatim: greedy`."""
-    return sentence_case(words_of(name).replace(".", ": "))
+    return sentence_case(": ".join(ATTACK_WORDS.get(part) or words_of(part) for part in name.split(".")))
+
+
+def unit_words(unit: str) -> str:
+    """A figure's unit where it says more than its name: `bits`, `nats per token`; nothing for shares."""
+    return "" if unit in ("", "share", "rate", "probability", "AUC", "auc") else unit
+
+
+def family_of(attack: str) -> str:
+    """The goal family of an attack: the first part of its name."""
+    return attack.partition(".")[0]
+
+
+def attack_order(attack: str) -> tuple[int, str]:
+    """Where an attack's family stands in reading order; unknown families last, by name."""
+    family = family_of(attack)
+    return (list(FAMILIES).index(family) if family in FAMILIES else len(FAMILIES), family)
+
+
+def family_label(family: str) -> str:
+    """Heading of a goal family."""
+    return FAMILIES.get(family) or sentence_case(words_of(family))
 
 
 def sentence_case(text: str) -> str:
-    """`web form` as `Web form`; capitals further on stay."""
-    return text[:1].upper() + text[1:]
+    """`web form` as `Web form`; capitals further on stay, and so does a symbol: p_z, p-value, n = 1."""
+    return text if re.match(r"[a-z](?:[_-]| =)", text) else text[:1].upper() + text[1:]

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from reports.arms import edited
 from reports.blocks import TONES, Block, Cell, Page, Prose, Section
-from reports.sections.appendix import crosswalk, data, glossary, probe_glossary
+from reports.sections.appendix import attack_glossary, crosswalk, data, glossary, probe_glossary
 from reports.sections.attacks import attacks, robustness
 from reports.sections.edit import edit_section
 from reports.sections.identity import checkpoints_table, identity
-from reports.sections.limits import limits, probe_limits
+from reports.sections.limits import attack_limits, limits, probe_limits
 from reports.sections.measurements import measurements
 from reports.sections.probes import TITLES, blocks_of, probes
 from reports.sections.records import records
@@ -23,8 +23,9 @@ from reports.sections.request import request_section, sets_table
 from reports.sections.subject import subject_sections
 from reports.sections.summary import sentence, summary
 from reports.sections.utility import utility
-from reports.text import CLAIM_LEVELS, Json, number, short, short_digest
+from reports.text import CLAIM_LEVELS, Json, attack_label, number, short, short_digest
 
+ATTACK_SETS = {"records": "Records to be looked for", "control": "Control: never seen"}
 PROBE_SETS = {
     "records": "Records",
     "control": "Control: never seen",
@@ -37,13 +38,15 @@ def page(report: Json, audience: str, digest: str, signoffs: Sequence[Json] = ()
     """The page for an audience.
 
     Args:
-        report: what `build` returns; that of a probe run has one edition, whatever the audience.
+        report: what `build` returns; that of a probe run or an attack run has one edition, whatever the audience.
         audience: engineer (everything), regulator (without per-tensor tables) or subject (one plain-language page).
         digest: sha256 of report.json, printed so that the page names its source.
         signoffs: decisions recorded in attest/, oldest first.
     """
     if report["run"]["kind"] == "probe":
         return _probe_page(report, digest)
+    if report["run"]["kind"] == "attack":
+        return _attack_page(report, digest)
     forget = report["run"]["kind"] == "forget"
     request = report["request"] or {}
     level = report["claim_level"]
@@ -93,7 +96,7 @@ def _sections(report: Json, audience: str, signoffs: Sequence[Json]) -> list[Sec
         ("request", "Request and data", request_section(report)),
         ("figures", "Before and after" if edited(report) else "Measurements", measurements(report)),
         ("edit", "Edit", edit_section(report, audience)),
-        ("attacks", "Attacks", attacks(report)),
+        ("attacks", "Attacks", attacks(report, audience)),
         ("records", "Records", records(report)),
         ("probes", "Inside the model", probes(report, audience)),
         ("utility", "Utility", utility(report)),
@@ -154,6 +157,54 @@ def _probe_page(report: Json, digest: str) -> Page:
         appendix=[_lettered(probe_glossary(report), "A"), _lettered(data(report, digest, "probe.json"), "B")],
         digest=digest,
         stem="probe",
+    )
+
+
+def _attack_page(report: Json, digest: str) -> Page:
+    """The page of one attack alone: no verdict, its figures and the records it hit."""
+    checkpoint, run = report["checkpoint"]["before"], report["run"]
+    used = any(row["n"] for row in run["sets"].values())
+    opening: list[Block] = [checkpoints_table(report, "Attacked")]
+    opening.append(sets_table(report, ATTACK_SETS) if used else Prose("No record was used in this run."))
+    parts: list[tuple[str, str, Sequence[Block] | str]] = [
+        ("identity", "Checkpoint and data", opening),
+        (
+            "attacks",
+            "Attack",
+            attacks(report, "engineer") if report["attacks"] else "the run stopped before it had finished",
+        ),
+        ("records", "Records", records(report)),
+        ("limits", "Limits", attack_limits(report)),
+        ("reproduce", "Reproduce", reproduce(report, "engineer")),
+    ]
+    name = short(checkpoint["name"], 80)
+    names = [attack_label(row["name"]) for row in report["attacks"]]
+    return Page(
+        audience="engineer",
+        title="Attack report",
+        subtitle=name,
+        meta=[
+            ("Checkpoint", Cell(name)),
+            ("Tensor digest", Cell(short_digest(checkpoint["tensor_digest"]), style="code")),
+            ("Records", Cell(number(run["sets"]["records"]["n"]))),
+            ("Attack", Cell(short(", ".join(names) or "none", 120))),
+        ],
+        verdict="",
+        tone="",
+        sentence="",
+        claim_level="",
+        claim="",
+        is_text=(
+            "A record of what one attack got out of the checkpoint identified in section 1, with the data listed there."
+        ),
+        is_not_text=(
+            "Not an audit: nothing was tested against a criterion, so there is no verdict. Another prompt, attack or "
+            "level of access may give another result."
+        ),
+        sections=_numbered(parts),
+        appendix=[_lettered(attack_glossary(report), "A"), _lettered(data(report, digest, "attack.json"), "B")],
+        digest=digest,
+        stem="attack",
     )
 
 

@@ -13,6 +13,7 @@ from reports.figures.columns import columns, histogram
 from reports.figures.curves import Axis, Curve, curves
 from reports.figures.dots import dumbbells, key
 from reports.figures.heat import heat_map
+from reports.figures.roc import found_at, resolution, roc
 from reports.figures.shapes import WIDTH, Mark, ticks
 
 __all__ = [
@@ -26,8 +27,11 @@ __all__ = [
     "curves",
     "describe",
     "dumbbells",
+    "found_at",
     "heat_map",
     "histogram",
     "key",
+    "resolution",
+    "roc",
     "ticks",
 ]

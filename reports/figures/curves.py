@@ -1,4 +1,4 @@
-"""Curves on linear or logarithmic axes, each named at its end, with a mark where it is cut."""
+"""Curves on linear or logarithmic axes, each named at its end, with its band, and a mark where it is cut."""
 
 from __future__ import annotations
 
@@ -32,15 +32,24 @@ class Axis:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line; beyond `cut`, a place on the x axis, it is drawn dotted."""
+    """One line; beyond `cut`, a place on the x axis, it is drawn dotted; `band` holds (x, low, high) around it."""
 
     label: str
     points: Sequence[tuple[float, float]]
     cut: float | None = None
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 def curves(
-    name: str, title: str, lines: Sequence[Curve], x: Axis, y: Axis, *, kept: str = "", dropped: str = ""
+    name: str,
+    title: str,
+    lines: Sequence[Curve],
+    x: Axis,
+    y: Axis,
+    *,
+    kept: str = "",
+    dropped: str = "",
+    guide: Curve | None = None,
 ) -> Markup:
     """Lines over one plane, named at their ends so that colour is not needed to tell them apart.
 
@@ -54,10 +63,15 @@ def curves(
         y: vertical axis.
         kept: words left of the cut, written where a single line has one.
         dropped: words right of it.
+        guide: a level to read the lines against, drawn dashed; its points count for the ends of the axes.
     """
     left, right, top, bottom = 64.0, 596.0, 22.0, 250.0
     drawn = [(line, _inside(line.points, x, y)) for line in lines]
+    bands = [_band(line.band, x, y) for line in lines]
+    level = _inside(guide.points, x, y) if guide else []
     every = [point for _, points in drawn for point in points]
+    every += [(across, up) for band in bands for across, *ends in band for up in ends]
+    every += level if every else []
     if not every:
         return svg(name, 40, title, [words(left, 20, "nothing to draw", "soft")])
     across, up = _scale(x, [point[0] for point in every]), _scale(y, [point[1] for point in every])
@@ -77,6 +91,12 @@ def curves(
     body += [rule(left, bottom, right, bottom, "axis"), rule(left, top, left, bottom, "axis")]
     if not x.log and across.low < 0 < across.high:
         body.append(rule(place((0.0, up.low))[0], top, place((0.0, up.low))[0], bottom, "zero"))
+    if guide and level:
+        body += _guide([place(point) for point in level], guide.label)
+    for index, band in enumerate(bands):
+        edges = [place((across, up)) for across, up, _ in band] + [place((at, up)) for at, _, up in reversed(band)]
+        corners = " ".join(f"{px(across)},{px(up)}" for across, up in edges)
+        body += [f'<polygon points="{corners}" class="spread c{index % COLOURS}"/>'] if len(band) > 1 else []
     ends, cuts = [], []
     for index, (line, points) in enumerate(drawn):
         if not points:
@@ -138,16 +158,27 @@ def _scale(axis: Axis, values: Sequence[float]) -> _Scale:
 
 def _inside(points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> list[tuple[float, float]]:
     """The points that the axes can show, thinned out to `MOST_POINTS` with both ends kept."""
+    return [(across, up) for across, up, _ in _band([(across, up, up) for across, up in points], x, y)]
+
+
+def _band(points: Sequence[tuple[float, float, float]], x: Axis, y: Axis) -> list[tuple[float, float, float]]:
+    """The ends of a band that the axes can show, thinned out in the same way."""
     lowest = 0.0 if y.low is None else y.low
     shown = [
-        (across, max(up, lowest) if y.log else up)
-        for across, up in points
-        if (across > 0 or not x.log) and (max(up, lowest) > 0 or not y.log)
+        (across, max(low, lowest), max(high, lowest)) if y.log else (across, low, high)
+        for across, low, high in points
+        if (across > 0 or not x.log) and (max(low, lowest) > 0 or not y.log)
     ]
     if len(shown) <= MOST_POINTS:
         return shown
     step = (len(shown) - 1) / (MOST_POINTS - 1)
     return [shown[round(index * step)] for index in range(MOST_POINTS)]
+
+
+def _guide(placed: Sequence[tuple[float, float]], text: str) -> list[str]:
+    """A dashed line, its name below it at three quarters of its last stretch."""
+    (x1, y1), (x2, y2) = placed[-2] if len(placed) > 1 else placed[-1], placed[-1]
+    return [_path(placed, "curve guide"), words(x1 + 0.75 * (x2 - x1) + 8, y1 + 0.75 * (y2 - y1) + 12, text, "tick")]
 
 
 def _split(

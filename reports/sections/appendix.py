@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from reports.arms import arm_words, known_metrics, present_arms
 from reports.blocks import Cell, Facts, Prose, Section, table
-from reports.text import ACCESS, CLAIM_LEVELS, CURVATURE, METRICS, Json, plural
+from reports.text import ACCESS, CLAIM_LEVELS, CURVATURE, METRICS, Json, family_of, plural
 
 # Identifiers only: which passage a section may serve is a question for the reader's counsel.
 CROSSWALK = (
@@ -59,6 +59,61 @@ PROBE_TERMS = {
         ("Relative", "Divided by the same figure of a random Gaussian matrix of the same shape."),
     ),
 }
+# Shown where an attack of one of the families ran
+ATTACK_TERMS = (
+    (
+        ("membership",),
+        "Membership inference",
+        "Telling records the model was trained on from records it has never seen, by what it makes of them.",
+    ),
+    (
+        ("membership", "memory", "untargeted"),
+        "AUC",
+        "Probability that a record scores higher than a control record; 0.5 is chance.",
+    ),
+    (
+        ("membership", "untargeted"),
+        "ROC",
+        "Share of the records found (true positives) at each share of false alarms among control records. Drawn on "
+        "logarithmic axes, since an accusation is worth something only where false alarms are rare.",
+    ),
+    (
+        ("membership",),
+        "Blind test",
+        "The same comparison with features of the records alone, without the model. If it beats chance, the two sets "
+        "differ by themselves, and membership figures are confounded.",
+    ),
+    (
+        ("membership",),
+        "Conformal list",
+        "Records flagged as seen by ranking each against control records, so that the expected share of false ones "
+        "among those flagged stays below a bound.",
+    ),
+    (
+        ("exposure",),
+        "Exposure",
+        "log2 of the number of possible secrets over the secret's rank among them by probability. A secret never seen "
+        "reaches b bits with probability 2 to the power of −b.",
+    ),
+    (("exposure",), "Canary", "A made-up secret of known form, put into training data to measure what is kept of it."),
+    (
+        ("verbatim",),
+        "p_z",
+        "Probability that one sample, under a given sampling rule, equals the whole record: the product over its "
+        "tokens. n samples hold it with probability 1 − (1 − p_z) to the power of n.",
+    ),
+    (
+        ("near_verbatim",),
+        "Near-verbatim",
+        "Equal to the record up to a stated number or share of edits; probabilities of it are lower bounds.",
+    ),
+    (
+        ("memory",),
+        "Recognition",
+        "Share of pairs of a record and a never-seen one in which the model finds the record likelier; 0.5 is chance. "
+        "It can stay high where nothing is recalled.",
+    ),
+)
 
 
 def crosswalk() -> Section:
@@ -75,7 +130,24 @@ def glossary(report: Json) -> Section:
     terms += [(f"Level {level}", f"{text[0].upper()}{text[1:]}.") for level, text in CLAIM_LEVELS.items()]
     terms += [(f"Access {level}", f"The attacker holds: {text}.") for level, text in ACCESS.items()]
     terms += [METRICS[name] for name in known_metrics(report) if name in METRICS]
-    return _glossary([*terms, *_probe_terms(report), *TERMS])
+    return _glossary([*terms, *_attack_terms(report), *_probe_terms(report), *TERMS])
+
+
+def attack_glossary(report: Json) -> Section:
+    """The words a page on one attack alone uses."""
+    words = arm_words(report)
+    terms = [(words[arm][0], f"Arm {arm}: {words[arm][1]}.") for arm in present_arms(report)]
+    used = {row["access"] for row in report["attacks"]}
+    terms += [(f"Access {level}", f"The attacker holds: {text}.") for level, text in ACCESS.items() if level in used]
+    metrics = {row["metric"] for row in report["attacks"]}
+    terms += [text for name, text in METRICS.items() if name in metrics]
+    return _glossary([*terms, *_attack_terms(report), *TERMS])
+
+
+def _attack_terms(report: Json) -> list[tuple[str, str]]:
+    """The words of the attacks that ran."""
+    ran = {family_of(row["name"]) for row in report["attacks"] if row["status"] == "run"}
+    return [(term, text) for families, term, text in ATTACK_TERMS if ran & set(families)]
 
 
 def probe_glossary(report: Json) -> Section:
@@ -92,7 +164,10 @@ def _probe_terms(report: Json) -> list[tuple[str, str]]:
 
 
 def _glossary(terms: Sequence[tuple[str, str]]) -> Section:
-    lines = [(Cell(term), Cell(text)) for term, text in terms]
+    meanings: dict[str, str] = {}
+    for term, text in terms:  # two probes or attacks may use one word
+        meanings.setdefault(term, text)
+    lines = [(Cell(term), Cell(text)) for term, text in meanings.items()]
     return Section("glossary", "B", "Glossary", [table("Terms", ("Term", "Meaning"), lines)])
 
 

@@ -5,22 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reports.arms import arm_words, edited, present_arms
+from reports.attacks import STAGES
 from reports.blocks import Block, Cell, Line, Prose, Table, figure_cell, table
-from reports.text import ACCESS, Json, attack_label, figure_parts, number, plain, short
+from reports.sections.attack_details import details
+from reports.text import (
+    ACCESS,
+    Json,
+    attack_label,
+    attack_order,
+    family_label,
+    family_of,
+    figure_parts,
+    metric_label,
+    number,
+    plain,
+    plural,
+    sentence_case,
+    short,
+    unit_words,
+)
+
+MOST = 200
+CONFOUNDED = "Membership figures are confounded"
 
 
-def attacks(report: Json) -> list[Block] | str:
-    """Every attack with its goal and access, its figure on each arm, or the reason why it did not run."""
+def attacks(report: Json, audience: str) -> list[Block] | str:
+    """Every attack by goal and access, its figure on each arm, or the reason why it did not run; then each in detail.
+
+    Args:
+        report: what `build` returns.
+        audience: engineer (with the details of each attack) or regulator.
+    """
     if not report["attacks"]:
         return "no attack was planned or reported in this run"
-    used = sorted({row["access"] for row in report["attacks"]} & set(ACCESS))
-    sentences = [f"Access: {'; '.join(f'{level} = {ACCESS[level]}' for level in used)}."] if used else []
-    if edited(report):
-        sentences.append(
-            "Residual = (After − Control) / (Before − Control): 0 is the level of records never seen, 1 the level "
-            "before the edit. It is not testable where the records did not stand out by 0.2 before."
-        )
-    return [_table(report, report["attacks"], "Attacks by goal and access"), Prose(" ".join(sentences))]
+    reading = _reading(report)
+    blocks: list[Block] = [*confounded_note(report), _by_goal(report), *([Prose(reading)] if reading else [])]
+    return [*blocks, *details(report)] if audience == "engineer" else blocks
 
 
 def robustness(report: Json) -> list[Block] | str:
@@ -30,10 +50,115 @@ def robustness(report: Json) -> list[Block] | str:
     if not rows or not edited(report):
         return str(part["reason"])
     blocks: list[Block] = [Prose(f"not run: {part['reason']}.")] if part["status"] == "not_run" else []
-    return [*blocks, _table(report, rows, "Attacks on the edit's durability")]
+    return [*blocks, _durability(report, rows)]
 
 
-def _table(report: Json, rows: Sequence[Json], caption: str) -> Table:
+def confounded(report: Json) -> dict[str, str]:
+    """Attacks whose figures do not show membership, since a test without the model tells the sets apart as well."""
+    found = {}
+    for stage in STAGES:
+        for name, detail in (report["run"]["attacks"][stage] or {}).items():
+            if detail["confounded"]:
+                found[name] = detail["confounded"]
+    return found
+
+
+def confounded_note(report: Json) -> list[Block]:
+    """What stands above every membership figure when the blind test beats chance."""
+    reasons = list(dict.fromkeys(confounded(report).values()))
+    if not reasons:
+        return []
+    prefix = f"{CONFOUNDED}:"
+    said = [text[len(prefix) :].strip() if text.lower().startswith(prefix.lower()) else text for text in reasons]
+    text = f"{prefix} {'; '.join(short(words, 300) for words in said)}{_blind(report, said)}".rstrip(".")
+    return [Prose(f"{text}. They do not show that the model has seen the records.", "open")]
+
+
+def _blind(report: Json, said: Sequence[str]) -> str:
+    """The AUC of the blind test, unless the reasons give one already."""
+    if any("AUC" in text for text in said):
+        return ""
+    for stage in STAGES:
+        for name, detail in (report["run"]["attacks"][stage] or {}).items():
+            auc = detail["figures"].get("auc") if name.endswith(".blind") else None
+            if auc and auc["value"] is not None:
+                ends = (number(auc[end]) for end in ("ci_low", "ci_high"))
+                return f", AUC {number(auc['value'])} [{', '.join(ends)}]"
+    return ""
+
+
+def not_run(rows: Sequence[Json]) -> dict[str, str]:
+    """Reason -> the attacks that did not run for it, with their access."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] != "run":
+            found.setdefault(row["reason"], []).append(f"{attack_label(row['name'])} ({row['access']})")
+    return {reason: "; ".join(names) for reason, names in found.items()}
+
+
+def _reading(report: Json) -> str:
+    """How to read the table: access levels, control, residual."""
+    used = sorted({row["access"] for row in report["attacks"]} & set(ACCESS))
+    sentences = [f"Access: {'; '.join(f'{level} = {ACCESS[level]}' for level in used)}."] if used else []
+    if edited(report):
+        sentences.append(
+            "Residual = (After − Control) / (Before − Control): 0 is the level of records never seen, 1 the level "
+            "before the edit. It is not testable where the records did not stand out by 0.2 before."
+        )
+    return " ".join(sentences)
+
+
+def _by_goal(report: Json) -> Table:
+    """Attacks that ran under the heading of their family, by access; at the end those that did not, by reason."""
+    words, present = arm_words(report), present_arms(report)
+    rows = sorted(  # stable: the suite's order within one access
+        (row for row in report["attacks"] if row["status"] == "run"),
+        key=lambda row: (*attack_order(row["name"]), row["access"]),
+    )
+    doubtful = confounded(report)
+    lines: list[Line] = []
+    for index, row in enumerate(rows):
+        family = family_of(row["name"])
+        if not index or family_of(rows[index - 1]["name"]) != family:
+            lines.append(Line([Cell(family_label(family))], "group"))
+        lines.append(_line(report, row, present, doubtful.get(row["name"])))
+    absent = not_run(report["attacks"])
+    count = sum(row["status"] != "run" for row in report["attacks"])
+    if absent:
+        lines.append(Line([Cell(f"Not run: {plural(count, 'attack')}")], "group"))
+    for reason, names in absent.items():
+        lines.append(Line([Cell(f"not run: {short(reason, 300)}", tone="muted"), Cell(names)], "span"))
+    heads = (words[arm][0] for arm in present)
+    columns = ("Attack", "Access", "Figure", *heads, *(["Residual"] if edited(report) else []))
+    return table("Attacks by goal and access", columns, lines, "attacks[]", most=MOST, brief=False)
+
+
+def _line(report: Json, row: Json, present: str, doubt: str | None) -> Line:
+    head = [Cell(short(attack_label(row["name"]), 60), _purpose(row)), Cell(short(row["access"], 20))]
+    if all(row["arms"][arm] is None for arm in present):
+        reason = row["reason"] or "run; it yields no figure on these arms"
+        return Line([*head, Cell(short(reason, 300), tone="muted")], "span")
+    notes = [_unit(row), "confounded: the blind test tells the sets apart" if doubt else ""]
+    figure = Cell(short(sentence_case(_figure_title(report, row)), 100), "\n".join(text for text in notes if text))
+    cells = [figure_cell(row["arms"][arm], row["metric"] or "") for arm in present]
+    return Line([*head, figure, *cells, *([_residual(row["residual"])] if edited(report) else [])])
+
+
+def _figure_title(report: Json, row: Json) -> str:
+    """What the headline figure is called: by the attack's own result, or by the figure's name."""
+    for stage in reversed(STAGES):
+        detail = (report["run"]["attacks"][stage] or {}).get(row["name"])
+        if detail and row["metric"] in detail["titles"]:
+            return str(detail["titles"][row["metric"]])
+    return metric_label(row["metric"] or "figure")
+
+
+def _unit(row: Json) -> str:
+    unit = next((row["arms"][arm]["unit"] for arm in "OUNR" if row["arms"][arm]), "")
+    return unit_words(unit)
+
+
+def _durability(report: Json, rows: Sequence[Json]) -> Table:
     """Attacks that ran, then those that did not; each part under its own heading when there are both."""
     words, present = arm_words(report), present_arms(report)
     ran = [row for row in rows if row["status"] == "run"]
@@ -41,27 +166,22 @@ def _table(report: Json, rows: Sequence[Json], caption: str) -> Table:
     lines = []
     for heading, part in (("Run", ran), ("Not run", other)):
         lines += [Line([Cell(heading)], "group")] if ran and other else []
-        lines += [_line(row, present, residual=edited(report)) for row in part]
-    columns = ("Attack", "Access", *(words[arm][0] for arm in present), *(["Residual"] if edited(report) else []))
-    return table(caption, columns, lines, "attacks[]")
-
-
-def _line(row: Json, present: str, *, residual: bool) -> Line:
-    head = [Cell(short(attack_label(row["name"]), 60), _purpose(row)), Cell(short(row["access"], 20))]
-    if row["status"] == "not_run":
-        return Line([*head, Cell(f"not run: {short(row['reason'], 300)}", tone="muted")], "span")
-    if all(row["arms"][arm] is None for arm in present):
-        reason = row["reason"] or "run; it yields no figure on these arms"
-        return Line([*head, Cell(short(reason, 300), tone="muted")], "span")
-    cells = [figure_cell(row["arms"][arm], row["metric"] or "") for arm in present]
-    return Line([*head, *cells, *([_residual(row["residual"])] if residual else [])])
+        for row in part:
+            if row["status"] == "run":
+                lines.append(_line(report, row, present, None))
+            else:
+                head = [Cell(short(attack_label(row["name"]), 60), _purpose(row)), Cell(short(row["access"], 20))]
+                lines.append(Line([*head, Cell(f"not run: {short(row['reason'], 300)}", tone="muted")], "span"))
+    columns = ("Attack", "Access", "Figure", *(words[arm][0] for arm in present), "Residual")
+    return table("Attacks on the edit's durability", columns, lines, "attacks[]")
 
 
 def _purpose(row: Json) -> str:
     """Goal and budget on the second line."""
     budget = row["budget"]
     words = f"{number(budget)} queries" if isinstance(budget, int | float) else plain(budget) if budget else ""
-    return " ".join(short(text[0].upper() + text[1:], 120) for text in (row["goal"], words) if text)
+    goal = "" if row["goal"] == "unspecified" else row["goal"]
+    return " ".join(short(text[0].upper() + text[1:], 120) for text in (goal, words) if text)
 
 
 def _residual(residual: Json | None) -> Cell:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from reports.blocks import ROWS, Block, Items, Prose
+from reports.sections.attacks import confounded_note, not_run
 from reports.sections.utility import over_forgetting
-from reports.text import CLAIM_LEVELS, Json, attack_label, number, short
+from reports.text import CLAIM_LEVELS, Json, number, plural, sentence_case, short
 
 ALWAYS = (
     "The results hold for the checkpoint with the tensor digest in section 2. A converted, quantised, merged or "
@@ -13,6 +14,12 @@ ALWAYS = (
     "Training data, backups, caches, exports and copies held by recipients are outside what this tool reaches.",
     "A figure well beyond the control's level is a trace in itself: it can show what was removed.",
     "Repeat the audit when the checkpoint changes, or when a stronger published attack applies to it.",
+)
+ATTACKS_ALWAYS = (
+    "The results hold for the checkpoint with the tensor digest in section 1, in the data type named there.",
+    "One attack is no audit: what it does not find, another may, and a stronger one of the same kind as well.",
+    "The intervals cover the records tested and records of the same kind, not every way to question a model.",
+    "Nothing here was decided beforehand, so nothing here is passed or failed. An audit tests against criteria.",
 )
 PROBES_ALWAYS = (
     "The results hold for the checkpoint with the tensor digest in section 1, in the data type named there.",
@@ -27,6 +34,18 @@ def probe_limits(report: Json) -> list[Block]:
     """What a run that only looked inside a checkpoint does not show."""
     none = ["None was recorded beyond those below."]
     return [Items("Limits of this run", report["limits"][:ROWS] or none), Items("What always applies", PROBES_ALWAYS)]
+
+
+def attack_limits(report: Json) -> list[Block]:
+    """What a run of one attack does not show."""
+    none = ["None was recorded beyond those below."]
+    return [Items("Limits of this run", _stated(report) or none), Items("What always applies", ATTACKS_ALWAYS)]
+
+
+def _stated(report: Json) -> list[str]:
+    """The limits that the run wrote down, after the one that its own blind test sets."""
+    found = [block.text for block in confounded_note(report) if isinstance(block, Prose)]
+    return [*found, *report["limits"]][:ROWS]
 
 
 def limits(report: Json) -> list[Block]:
@@ -44,18 +63,16 @@ def limits(report: Json) -> list[Block]:
         value = now.get("probability", now.get("label_probability"))
         verdicts = {"extracted": ", written out word for word", "uncertain": ", greedy verdict uncertain"}
         verdict = verdicts.get(now.get("greedy", ""), "")
-        blocks.append(Prose(f"Worst record: {short(worst['id'], 60)}, probability {number(value)}{verdict}."))
+        hits = now.get("hits")
+        hit = f", hit by {plural(len(hits), 'attack')}" if hits else ""
+        blocks.append(Prose(f"Worst record: {short(worst['id'], 60)}, probability {number(value)}{verdict}{hit}."))
     if report["utility"]["status"] == "not_run":
         blocks += over_forgetting(report)
-    missing = [
-        f"{attack_label(row['name'])} ({row['access']}): {row['reason']}"
-        for row in report["attacks"]
-        if row["status"] == "not_run"
-    ]
+    missing = [f"{sentence_case(short(reason, 300))}: {names}" for reason, names in not_run(report["attacks"]).items()]
     none_missing = ["Every planned attack ran. An attack that was not planned is not listed."]
     return [
         *blocks,
-        Items("Limits of this run", report["limits"][:ROWS] or ["None was recorded beyond those below."]),
+        Items("Limits of this run", _stated(report) or ["None was recorded beyond those below."]),
         Items("Channels not tested", missing[:ROWS] or none_missing),
         Items("What always applies", ALWAYS),
     ]

@@ -1,4 +1,4 @@
-"""Section 7: one row per record under its pseudonym, worst first."""
+"""Section 7: which attacks hit which record, and one row per record under its pseudonym, worst first."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from reports import figures
 from reports.arms import arm_words, arms, edited
 from reports.blocks import Block, Cell, Chart, Prose, Table, number_cell, table
 from reports.figures import Mark
-from reports.text import Json, metric_label, number, plural, short
+from reports.sections.attacks import CONFOUNDED, confounded
+from reports.text import Json, attack_label, attack_order, metric_label, number, plural, short
 
 DRAWN = 24
+NAMED = 8  # attacks named in one cell
 Stages = Sequence[tuple[str, str]]  # (stage, arm)
 
 
 def records(report: Json) -> list[Block] | str:
-    """A line per record on one axis, and the table; capped, with the rest counted."""
+    """Which attacks hit, a line per record on one axis, and the table; capped, with the rest counted."""
     rows = report["records"]
     if not rows:
         return "no per-record figures were written"
@@ -26,7 +28,48 @@ def records(report: Json) -> list[Block] | str:
     flags = Counter(flag for row in rows for flag in _flags(report, row))
     tally = ", ".join(f"{count:,} {flag}" for flag, count in flags.items()) or "none flagged"
     intro = f"{plural(len(rows), 'record')}, worst first, under keyed pseudonyms; no text is printed. Flags: {tally}."
-    return [Prose(intro), *_chart(report, stages, column), _table(report, stages, column, image=image)]
+    hits = _hits(report, stages)
+    measured = any(column in (row[stage] or {}) for row in rows for stage, _ in stages)
+    shown = [*_chart(report, stages, column), _table(report, stages, column, image=image)] if measured else []
+    return [Prose(intro), *hits, *shown]
+
+
+def _hits(report: Json, stages: Stages) -> list[Block]:
+    """The attacks that hit each record, most first; nothing where no attack reported on single records."""
+    tried = [(stage, arm) for stage, arm in stages if any("hits" in (row[stage] or {}) for row in report["records"])]
+    if not tried:
+        return []
+    words, rows = arm_words(report), report["records"]
+    counts = [sum(bool((row[stage] or {}).get("hits")) for row in rows) for stage, _ in tried]
+    places = {"O": "before" if edited(report) else "from this checkpoint", "U": "after", "R": "from the reference"}
+    tally = ", ".join(f"{count:,} {places[arm]}" for (_, arm), count in zip(tried, counts, strict=True))
+    text = f"Of {plural(len(rows), 'record')}, at least one attack got out, or flagged as seen: {tally}."
+    names = {name for row in rows for stage, _ in tried for name in (row[stage] or {}).get("hits") or ()}
+    if names & confounded(report).keys():
+        text += f" {CONFOUNDED} (section Attacks): what they flag is no evidence."
+    if not any(counts):
+        return [Prose(text)]
+    tried.sort(key=lambda item: "UORN".index(item[1]))  # the state that decides the order comes first
+    lines = []
+    for row in rows:
+        found = [(row[stage] or {}).get("hits") for stage, _ in tried]
+        if any(found):
+            counts_of = [number_cell(None if hits is None else len(hits)) for hits in found]
+            lines.append([Cell(short(row["id"], 40), style="code"), *counts_of, _named(found[0])])
+    heads = [words[arm][0] if edited(report) or arm == "R" else "Attacks" for _, arm in tried]
+    which = f"Which, {words[tried[0][1]][0].lower()}" if edited(report) else "Which"
+    numeric = range(1, len(heads) + 1)
+    columns = ("Record", *heads, which)
+    return [Prose(text), table("Attacks that hit, worst record first", columns, lines, "records[]", numeric)]
+
+
+def _named(hits: Sequence[str] | None) -> Cell:
+    """The attacks that hit, the rest counted."""
+    if not hits:
+        return Cell("n/a" if hits is None else "none", tone="muted")
+    names = [attack_label(name) for name in sorted(hits, key=lambda name: (*attack_order(name), name))[:NAMED]]
+    names += [f"{len(hits) - NAMED:,} more"] if len(hits) > NAMED else []
+    return Cell("; ".join(names))
 
 
 def _flags(report: Json, row: Json) -> list[str]:

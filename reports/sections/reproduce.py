@@ -16,7 +16,7 @@ def reproduce(report: Json, audience: str) -> list[Block]:
     versions = ", ".join(f"{name} {plain(value)}" for name, value in sorted(run["versions"].items()))
     facts = [
         ("Repeat", Cell(_command(report), style="code")),
-        *([("Settings", Cell("as printed with each probe"))] if run["kind"] == "probe" else []),
+        *([("Settings", Cell(f"as printed with each {run['kind']}"))] if run["kind"] in ("probe", "attack") else []),
         ("Verify", Cell(custody["verify"], style="code")),
         ("Check this page", Cell("unlearn report RUN --check", style="code")),
         ("Seed", Cell("not recorded" if run["seed"] is None else str(run["seed"]))),
@@ -60,6 +60,7 @@ def signoff(signoffs: Sequence[Json]) -> list[Block]:
 def _command(report: Json) -> str:
     """The command that repeats the run, with placeholders for the files that the record sets identify by digest."""
     run = report["run"]
+    given = [name for name in ("control", "retain") if run["sets"].get(name, {"source": ""})["source"] == "given"]
     options = "".join(f" --{name} {run[name]}" for name in ("seed", "device", "dtype") if run[name] is not None)
     if run["kind"] == "probe":
         ran = [name for name, result in run["probes"].items() if result]
@@ -69,7 +70,12 @@ def _command(report: Json) -> str:
         return "; ".join(f"unlearn probe {name} CHECKPOINT{files}{options} --out RUN" for name in ran or ["NAME"])
     if run["kind"] == "forget":
         return f"unlearn forget request.yaml{options} --out RUN"
-    given = [name for name in ("control", "retain") if run["sets"][name]["source"] == "given"]
     sets = "".join(f" --{name} {name}.jsonl" for name in given)
     reference = " --reference REFERENCE" if report["checkpoint"]["reference"] else ""
+    if run["kind"] == "attack":
+        records = " --records records.jsonl" if run["sets"]["records"]["n"] else ""
+        names = [row["name"] for row in report["attacks"]] or ["NAME"]
+        return "; ".join(
+            f"unlearn attack {name} CHECKPOINT{records}{sets}{reference}{options} --out RUN" for name in names
+        )
     return f"unlearn audit CHECKPOINT --records records.jsonl{sets}{reference}{options} --out RUN"

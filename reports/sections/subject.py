@@ -5,7 +5,7 @@ from __future__ import annotations
 from reports.arms import arms, known_metrics
 from reports.blocks import Block, Cell, Dates, Facts, Items, Prose, Section
 from reports.sections.request import out_of_scope, request_dates
-from reports.text import Json, figure_parts, plain, plural, short, words_of
+from reports.text import Json, family_of, figure_parts, plain, plural, short, words_of
 
 REQUEST_KINDS = {
     "erasure": "to have your data removed from an AI model",
@@ -29,6 +29,8 @@ ACTIONS = {
     "extraction.greedy": "repeated word for word when the model was given their beginning",
     "correct": "recognised by the model under their label",
 }
+# Families of attacks whose hit on a record means that its text, or a close copy, came out
+BROUGHT_OUT = ("verbatim", "near_verbatim", "untargeted", "template", "compression", "regurgitation", "exfiltration")
 AGAIN = (
     "Whenever the model is changed, converted or trained further, and when better tests become known. This page speaks "
     "only about the exact model that was tested."
@@ -114,8 +116,11 @@ def _possible(report: Json) -> list[str]:
     edited = report["checkpoint"]["after"] is not None
     stage = "after" if edited else "before"
     repeated = any(f"extracted {stage}" in row["flags"] for row in report["records"])
+    hits = {name for row in report["records"] for name in (row[stage] or {}).get("hits") or ()}
+    brought = not repeated and any(family_of(name) in BROUGHT_OUT for name in hits)
     return [
         *(["The tested model can still repeat at least one of the records."] if repeated else []),
+        *(["With more effort, at least one of the records, or a close copy of it, was still got out."] * brought),
         "The tests try likely ways to make the model repeat a record. They cannot try every way.",
         *(["Copies of the model made earlier, or given to others, are not affected by this change."] if edited else []),
         "The data used to build the model is handled separately from the model.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reports.arms import arms, edited, known_metrics
 from reports.blocks import TONES, Block, Cards, Cell, Prose, figure_cell, table
-from reports.text import Json, figure_parts, metric_label, number, short, words_of
+from reports.text import Json, figure_parts, metric_label, number, plural, short, words_of
 
 STATUS_WORDS = {"met": "met", "not met": "not met", "inconclusive": "not decided"}
 
@@ -55,7 +55,8 @@ def _cards(report: Json) -> Cards:
         now = worst["after"] or worst["before"] or {}
         column = "probability" if "probability" in now else "label_probability"
         before = [f"before: {number((worst['before'] or {}).get(column))}"] if worst["after"] else []
-        lines = [metric_label(column).lower(), *before, short(worst["id"], 24)]
+        hits = [f"hit by {plural(len(now['hits']), 'attack')}"] if now.get("hits") else []
+        lines = [metric_label(column).lower(), *before, *hits, short(worst["id"], 24)]
         cards.append(("Worst record", number(now.get(column)), lines))
     if report["utility"]["status"] == "run":
         name, row = next(iter(report["utility"]["figures"].items()))

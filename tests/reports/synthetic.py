@@ -16,6 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from tests.reports.synthetic_attacks import write_attacks
+
 Json = dict[str, Any]
 DIRECTION = {
     "loss": "higher",
@@ -205,13 +207,17 @@ def write_run(
     stages: tuple[str, ...] = ("before", "after", "compare"),
     residue: float = 0.0,
     probes: Sequence[str] = (),
+    attacked: Sequence[str] = (),
+    confounded: bool = False,
 ) -> Path:
     """Write a run folder.
 
     Args: kind audit or forget; task; n records; whether a reference was measured; the verdict; the model's name; ids
     for the records; request fields to add; blocks of the model; which stages were reached; share still memorised after;
-    which probes ran.
+    which probes ran; which attacks left results of their own, and whether the blind test beat chance.
     """
+    if kind == "attack":
+        return write_attack_run(run, attacked or ("membership.loss",), n=n, name=name, ids=ids, confounded=confounded)
     if kind == "probe":
         return write_probe_run(run, probes, n=n, name=name, ids=ids, blocks=blocks)
     rng = random.Random(7)
@@ -277,6 +283,9 @@ def write_run(
         write_edit(run, rng, blocks, task)
     if "compare" in stages:
         write_comparison(run, kind, measured, verdict, task)
+    if attacked:
+        rows = pyarrow.parquet.read_table(run / "before/records.parquet").to_pylist()
+        write_attacks(run, written, [row["record_id"] for row in rows], attacked, confounded)
     return run
 
 
@@ -517,6 +526,56 @@ def write_comparison(run: Path, kind: str, measured: Json, verdict: str, task: s
             ],
         },
     )
+
+
+def write_attack_run(
+    run: Path,
+    attacked: Sequence[str] = ("membership.loss",),
+    *,
+    n: int = 20,
+    name: str = "SmolLM2-135M-Instruct",
+    ids: list[str] | None = None,
+    measured: bool = True,
+    confounded: bool = False,
+) -> Path:
+    """A run of one attack: inputs/ and before/, nothing else; `measured`: the stage has metrics and records as well."""
+    write_inputs(run, "attack", "causal_lm", name)
+    rng = random.Random(7)
+    rows = text_rows(rng, n, 0.9, "r-")
+    for given, row in zip(ids or [], rows, strict=False):
+        row["record_id"] = given
+    sets = {"records": rows, "control": text_rows(rng, 20, 0.0, "c-")}
+    dump(
+        run / "inputs/sets.json",
+        {
+            "records": {"n": n, "source": "given", "limits": [], "digest": digest("records"), "tokens": 39 * n},
+            "control": {
+                "n": 20,
+                "source": "given",
+                "limits": ["The control set may be easier than the records."],
+                "digest": digest("control"),
+                "tokens": 790,
+            },
+        },
+    )
+    dump(run / "inputs/config.json", {"attacks": [{"name": attack} for attack in attacked]})
+    if measured:
+        for part, found in sets.items():
+            parquet(run / f"before/{part}.parquet", found)
+        figures = {part: set_figures(found, "causal_lm") for part, found in sets.items()}
+        dump(
+            run / "before/metrics.json",
+            {
+                "schema": "unlearn.metrics/v1",
+                "stage": "before",
+                "task": "causal_lm",
+                "tensor_digest": digest("before"),
+                "sets": figures,
+                "attacks": [],
+            },
+        )
+    write_attacks(run, ["before"], [row["record_id"] for row in rows], attacked, confounded, paired=False)
+    return run
 
 
 PROBES = ("kfac", "spectrum", "localise", "condition")

@@ -16,6 +16,7 @@ from reports import ReportError, build, report_schema
 from reports.arms import arms
 from reports.build import dumps
 from tests.reports.synthetic import HOSTILE, PROBES, dump, figure, write_run
+from tests.reports.synthetic_attacks import ATTACKS
 
 KEYS = set(
     "schema tool run checkpoint request subject method records attacks utility robustness criteria verdict "
@@ -28,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "images": {"task": "image_classification", "verdict": "inconclusive"},
     "stopped": {"stages": ("before",), "reference": False},
     "probed": {"probes": PROBES, "blocks": 6},
+    "attacked": {"attacked": tuple(ATTACKS), "confounded": True, "residue": 0.1, "verdict": "criteria not met"},
     "hostile": {"name": HOSTILE[0], "ids": HOSTILE, "request": {"manner": HOSTILE[4], "ground": HOSTILE[2]}},
 }
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import random
 import re
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -16,12 +18,16 @@ from reports.figures import (
     curves,
     describe,
     dumbbells,
+    found_at,
     heat_map,
     histogram,
     key,
+    resolution,
+    roc,
     ticks,
 )
 from reports.figures.curves import MOST_POINTS
+from tests.reports.synthetic_attacks import roc_points
 
 HOSTILE = "</svg><script>&\"'"
 
@@ -249,3 +255,133 @@ def test_both_sides_of_a_histogram_are_shares_of_their_set() -> None:
     assert lower == [84.0]
     assert "tallest: 100.0 %" in svg
     assert 'class="f-n"' not in histogram("h", "t", ("Records", [1, 3]), ("Control", [0, 0]), [0.0, 0.5, 1.0])
+
+
+def scores(seed: int, n: int, m: int, centre: float, digits: int = 9) -> list[tuple[float, float]]:
+    """A ROC curve of m members against n others; few digits make ties."""
+    rng = random.Random(seed)
+    members = [round(rng.gauss(centre, 1), digits) for _ in range(m)]
+    return list(zip(*roc_points(members, [round(rng.gauss(0, 1), digits) for _ in range(n)]), strict=True))
+
+
+def stairs(svg: str) -> list[list[tuple[float, float]]]:
+    """Drawn lines without the line of chance, which comes first."""
+    return paths(svg)[1:]
+
+
+def test_a_roc_begins_at_the_smallest_rate_that_can_be_told_apart() -> None:
+    points = scores(1, 100, 50, 1.5)
+    svg = roc("r", HOSTILE, [(HOSTILE, points)], HOSTILE, "found")
+    parse(svg)
+    assert "<script" not in svg
+    chance = paths(svg)[0]
+    assert chance == [(64.0, 250.0), (596.0, 22.0)]  # 1/100 to 1 on both axes: straight, through both corners
+    assert re.search(r'class="curve guide"', svg)
+    (line,) = stairs(svg)
+    assert line[0][0] == 64.0
+    assert line[-1] == (596.0, 22.0)
+    assert [float(x) for x in re.findall(r'<line x1="([\d.]+)" y1="22" x2="[\d.]+" y2="250" class="grid"', svg)] == [
+        64.0,
+        330.0,
+        596.0,
+    ]  # 0.01, 0.1 and 1
+
+
+def test_the_staircase_stands_where_the_rates_are() -> None:
+    points = [(0.0, 0.0), (0.0, 0.2), (0.01, 0.2), (0.01, 0.4), (0.1, 0.4), (0.1, 0.8), (1.0, 0.8), (1.0, 1.0)]
+    (line,) = stairs(roc("r", "t", [("a", points)], "x", "y"))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return 64 + 532 * (1 + math.log10(x) / 2), 250 - 228 * (1 + math.log10(y) / 2)
+
+    # what is found without a false alarm stands at the left edge; no step is cut short by a slope
+    corners = [(0.01, 0.2), (0.01, 0.2), (0.01, 0.4), (0.1, 0.4), (0.1, 0.8), (1, 0.8), (1, 1), (1, 1)]
+    for got, (x, y) in zip(line, corners, strict=True):
+        assert got == pytest.approx(place(x, y), abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("members", "others"),
+    [([1.0] * 5, [0.0] * 5), ([0.0] * 5, [1.0] * 5), ([1.0] * 5, [1.0] * 5), ([2.0, 1.0], [1.5]), ([3.0], [1, 2])],
+)
+def test_extreme_scores_still_draw(members: list[float], others: list[float]) -> None:
+    points = list(zip(*roc_points(members, others), strict=True))
+    svg = roc("r", "t", [("a", points)], "x", "y")
+    parse(svg)
+    assert "nan" not in svg
+    (line,) = stairs(svg)
+    assert line[-1] == (596.0, 22.0)
+    assert all(64 <= x <= 596 and 22 <= y <= 250 for x, y in line)
+
+
+def test_a_roc_of_nothing_draws_nothing() -> None:
+    assert "nothing to draw" in roc("r", "t", [("a", [])], "x", "y")
+    assert "nothing to draw" in roc("r", "t", [], "x", "y")
+    assert resolution([[]]) is None
+    assert found_at([], 0.1) is None
+
+
+def test_a_long_roc_keeps_its_lowest_steps_and_stays_below_the_curve() -> None:
+    points = scores(2, 1500, 800, 1.0)
+    (line,) = stairs(roc("r", "t", [("a", points)], "x", "y"))
+    assert len(line) <= MOST_POINTS
+    low = 1 / 1500
+
+    def rates(at: tuple[float, float]) -> tuple[float, float]:
+        return low ** (1 - (at[0] - 64) / 532), low ** (1 - (250 - at[1]) / 228)
+
+    drawn = [rates(at) for at in line]
+    for step in (1, 2, 3, 4):
+        assert any(x == pytest.approx(step / 1500, rel=0.01) for x, _ in drawn)
+    for x, y in drawn:
+        assert y <= max(found for at, found in points if at <= x * 1.002) * 1.005
+    assert all(b[0] >= a[0] and b[1] <= a[1] for a, b in pairwise(line))  # upwards and to the right
+
+
+@pytest.mark.parametrize("digits", [9, 0])
+def test_the_rate_found_is_that_of_the_last_threshold_allowed(digits: int) -> None:
+    rng = random.Random(3)
+    members = [round(rng.gauss(1, 1), digits) for _ in range(80)]
+    others = [round(rng.gauss(0, 1), digits) for _ in range(200)]
+    points = list(zip(*roc_points(members, others), strict=True))
+    smallest = resolution([points])
+    assert smallest == min(sum(b >= t for b in others) / 200 for t in others if sum(b >= t for b in others))
+    for rate in (0.001, 1 / 200, 0.01, 0.033, 0.05, 0.1, 0.5, 1.0):
+        allowed = [t for t in (*members, *others, math.inf) if sum(b >= t for b in others) <= rate * 200 + 1e-9]
+        reached = max(sum(a >= t for a in members) / 80 for t in allowed)
+        expected = None if rate < smallest else reached
+        assert found_at(points, rate) == expected
+
+
+def test_a_band_surrounds_its_line_and_counts_for_the_axis() -> None:
+    points = [(float(i), 1.0) for i in range(5)]
+    band = [(x, y - 1.0, y + 3.0) for x, y in points]
+    svg = curves("c", "t", [Curve("a", points), Curve("b", points[:2], band=band)], Axis("x"), Axis("y"))
+    parse(svg)
+    (corners,) = re.findall(r'<polygon points="([^"]+)" class="spread c1"', svg)
+    placed = [tuple(map(float, corner.split(","))) for corner in corners.split()]
+    assert len(placed) == 10
+    assert {y for _, y in placed} == {22.0, 250.0}  # from the lowest to the highest end
+    assert [x for x, _ in placed] == [64.0, 197.0, 330.0, 463.0, 596.0, 596.0, 463.0, 330.0, 197.0, 64.0]  # and round
+    line = paths(svg)[0]
+    assert line[0][1] == pytest.approx(250 - 228 / 4, abs=0.1)
+    assert "<polygon" not in curves("c", "t", [Curve("a", points, band=band[:1])], Axis("x"), Axis("y"))
+
+
+def test_a_band_on_a_logarithmic_axis_ends_at_it() -> None:
+    points = [(1.0, 1.0), (10.0, 1.0)]
+    band = [(0.0, 1.0, 2.0), (1.0, -1.0, 2.0), (10.0, 0.5, 2.0)]
+    svg = curves("c", "t", [Curve("a", points, band=band)], Axis("x", log=True), Axis("y", log=True, low=0.1))
+    (corners,) = re.findall(r'<polygon points="([^"]+)"', svg)
+    assert len(corners.split()) == 4  # the place at zero is left out
+    assert max(float(corner.split(",")[1]) for corner in corners.split()) == 250.0
+
+
+def test_a_guide_is_dashed_named_and_no_line_of_its_own() -> None:
+    lines = [Curve("a", [(0.0, 0.5), (1.0, 0.7)])]
+    svg = curves("c", "t", lines, Axis("x"), Axis("y"), guide=Curve(HOSTILE, [(0.0, 0.0), (1.0, 1.0)]))
+    parse(svg)
+    assert svg.count('class="curve guide"') == 1
+    assert 'class="curve c1"' not in svg
+    assert paths(svg)[0] == [(64.0, 250.0), (596.0, 22.0)]  # its points count for the axes
+    assert "nothing to draw" in curves("c", "t", [Curve("a", [])], Axis("x"), Axis("y"), guide=lines[0])

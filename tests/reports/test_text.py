@@ -7,7 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reports.text import clean, figure_parts, figure_text, finite, metric_label, number, plain, signed, tree, when
+from reports.text import (
+    attack_label,
+    attack_order,
+    clean,
+    family_label,
+    figure_parts,
+    figure_text,
+    finite,
+    metric_label,
+    number,
+    plain,
+    sentence_case,
+    signed,
+    tree,
+    unit_words,
+    when,
+)
 from tests.reports.synthetic import figure, rate
 
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -100,7 +116,36 @@ def test_only_yes_or_no_figures_are_counts() -> None:
 def test_words() -> None:
     assert metric_label("retain.loss") == "Loss, retain set"
     assert metric_label("some_new.metric") == "Some new.metric"
+    symbols = ("p-value", "p_z", "n = 1", "")
+    assert [sentence_case(text) for text in ("web form", *symbols)] == ["Web form", *symbols]
+    assert metric_label("membership.rmia") == "Membership: RMIA"
     assert when("2026-11-03T09:12:00Z") == "2026-11-03 09:12 UTC"
     assert when("2026-11-03") == "2026-11-03"
     assert when("soon") == "soon"
     assert plain({"a_b": [1, None, 0.5e-7], "c": {}}) == "a b: 1, n/a, 5e−8; c: none"
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "family"),
+    [
+        ("verbatim.greedy", "Verbatim: greedy", "Verbatim extraction"),
+        ("near_verbatim.mass", "Near-verbatim: mass", "Near-verbatim extraction"),
+        ("pii.inference", "PII: inference", "Personal data"),
+        ("membership.min_k_plus_plus", "Membership: Min-K%++", "Membership inference"),
+        ("hidden_knowledge", "Hidden knowledge", "Hidden knowledge"),
+        ("my_own.attack_two", "My own: attack two", "My own"),
+    ],
+)
+def test_attacks_have_names_for_people(name: str, label: str, family: str) -> None:
+    assert attack_label(name) == label
+    assert family_label(name.partition(".")[0]) == family
+
+
+def test_known_families_come_first_and_others_by_name() -> None:
+    names = ["zebra.a", "membership.loss", "ape.b", "recovery.pruning", "verbatim.greedy"]
+    expected = ["verbatim.greedy", "membership.loss", "recovery.pruning", "ape.b", "zebra.a"]
+    assert sorted(names, key=attack_order) == expected
+
+
+def test_a_unit_is_printed_where_the_name_does_not_say_it() -> None:
+    assert [unit_words(unit) for unit in ("share", "probability", "AUC", "bits", "")] == ["", "", "", "bits", ""]
