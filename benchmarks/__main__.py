@@ -9,7 +9,18 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("likelihood", "extraction", "memory", "importance", "identity", "kfac", "selection", "scores", "claims")
+NAMES = (
+    "likelihood",
+    "extraction",
+    "memory",
+    "importance",
+    "identity",
+    "kfac",
+    "selection",
+    "scores",
+    "claims",
+    "suites",
+)
 
 
 def main() -> int:

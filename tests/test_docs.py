@@ -176,7 +176,7 @@ def test_yaml_blocks_are_valid(body: str, tmp_path: Path) -> None:
 
 def provide(request: dict[str, Any], folder: Path) -> None:
     """The files a quoted request names: one record each, in the columns that it maps."""
-    for part in ("data", "control", "retain"):
+    for part in ("data", "control", "retain", "corpus"):
         given = request.get(part)
         if not given:
             continue

@@ -1,9 +1,10 @@
 """Audit a checkpoint for memorised records, forget them in a copy, attack the copy, report.
 
-    from unlearn import audit, forget, probe
+    from unlearn import attack, audit, forget, probe
     run = audit("checkpoint", records="records.jsonl")
     run = forget("request.yaml")
     run = probe("kfac", "checkpoint", data="text.jsonl")
+    run = attack("membership.loss", "checkpoint", records="records.jsonl", control="never-seen.jsonl")
 
 Importing this package loads no model library; the first call does.
 """
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from unlearn._version import __version__
 
 if TYPE_CHECKING:
-    from unlearn.api import Options, RecordFormat, Run, audit, edit, forget, probe
+    from unlearn.api import Options, RecordFormat, Run, attack, audit, edit, forget, probe
 
-__all__ = ["Options", "RecordFormat", "Run", "__version__", "audit", "edit", "forget", "probe"]
+__all__ = ["Options", "RecordFormat", "Run", "__version__", "attack", "audit", "edit", "forget", "probe"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,10 @@
 """Three lines of Python for everything the command line does.
 
-    from unlearn import audit, edit, forget, probe
+    from unlearn import attack, audit, edit, forget, probe
     run = audit("checkpoint", records="records.jsonl")
     run = forget("request.yaml")
     run = probe("kfac", "checkpoint", data="text.jsonl")
+    run = attack("exposure.canaries", "checkpoint", canaries="canaries.jsonl")
     run = edit("kfac", "checkpoint", retain="text.jsonl")
 
 A run is a folder; `Run` is a view of it.
@@ -14,11 +15,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from probes.errors import IntegrityError, UnlearnError, UsageError
+from unlearn.attacking.attackrun import AttackRun
 from unlearn.disk import disk_errors, write_atomic
 from unlearn.editing import EditRun
 from unlearn.evidence.criteria import EXIT_CODES
@@ -26,20 +29,21 @@ from unlearn.pipeline import Pipeline, plan_only
 from unlearn.probing.run import ProbeRun
 from unlearn.records.files import as_row, records_from
 from unlearn.records.raw import RawRecord, RecordFormat
+from unlearn.requests.attacks import Sampling, attack_settings
 from unlearn.requests.presets import Criterion, Policy, load_method, load_policy, load_suite
 from unlearn.requests.probes import probe_settings
 from unlearn.requests.request import Request, load_request, record_sets, redacted
 from unlearn.runs.folder import RunFolder, digest, json_bytes, read_header
 from unlearn.runs.job import Job, Options, Source
 from unlearn.terminal import Display
-from unlearn.workspace import Live
+from unlearn.workspace import Live, Workspace
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
 
 
-__all__ = ["Options", "RecordFormat", "Run", "audit", "edit", "forget", "probe"]
+__all__ = ["Options", "RecordFormat", "Run", "attack", "audit", "edit", "forget", "probe"]
 
 
 class Run:
@@ -110,6 +114,17 @@ class Run:
             raise UsageError("expected a result of this probe, found none in this run")
         return cast("dict[str, Any]", found)
 
+    def attack(self, name: str, stage: str = "before") -> dict[str, Any]:
+        """What an attack found: `attacks/NAME.json` of `before`, `after` or `reference`.
+
+        Raises:
+            UsageError: if it was not run, or leaves no file of its own.
+        """
+        found = self._read(f"{stage}/attacks/{name}.json")
+        if found is None:
+            raise UsageError("expected a result of this attack, found none in this run")
+        return cast("dict[str, Any]", found)
+
     def table(self, stage: str = "before", role: str = "records") -> pd.DataFrame:
         """One row per record in input order, with your own ids where the private folder is at hand.
 
@@ -153,7 +168,11 @@ def audit(
     control: Any = None,
     retain: Any = None,
     reference: str | Path | nn.Module | None = None,
+    corpus: str | Path | None = None,
+    canaries: str | Path | None = None,
+    candidates: str | Path | None = None,
     suite: str | Path = "standard",
+    budget: float | None = None,
     policy: str | Path = "default",
     criteria: Sequence[Criterion | dict[str, Any]] | None = None,
     out: str | Path | None = None,
@@ -170,7 +189,11 @@ def audit(
         control: never-seen records like `records`; drafted when absent.
         retain: data whose behaviour matters, measured for information.
         reference: a checkpoint that never held the records.
+        corpus: text in which near-duplicates of the records are looked for.
+        canaries: planted secrets with the format they were drawn from (`unlearn.records.extras`).
+        candidates: for each record, values among which its personal data is asked for.
         suite: `quick`, `standard`, `deep`, or a YAML file.
+        budget: forward passes of the checkpoint per record that attacks may take; the suite's by default.
         policy: where the criteria come from when none are given.
         criteria: your own criteria.
         out: the run folder; a new one under `runs/` by default.
@@ -191,6 +214,8 @@ def audit(
     live, sources, raw = _inputs(
         checkpoint, reference, tokenizer, {"records": records, "control": control, "retain": retain}, format
     )
+    if budget is not None and not budget > 0:
+        raise UsageError(f"expected a budget above 0 forward passes a record, found {budget:g}")
     chosen = load_policy(policy)
     own = [c if isinstance(c, Criterion) else Criterion(**c) for c in criteria] if criteria else None
     job = Job(
@@ -198,10 +223,11 @@ def audit(
         checkpoint=_where(checkpoint),
         sources=sources,
         criteria=_criteria(chosen, "audit", own),
-        suite=load_suite(suite).model_dump(mode="json"),
+        suite=load_suite(suite).model_dump(mode="json") | ({"budget": budget} if budget is not None else {}),
         options=options or Options(),
         reference=None if reference is None else _where(reference),
         policy="own" if own else chosen.name,
+        inputs=_extras(corpus, canaries, candidates, format),
     )
     return _start(job, out, live, raw, display)
 
@@ -339,6 +365,73 @@ def probe(
     return _start(job, out, live, raw, display)
 
 
+def attack(
+    name: str,
+    checkpoint: str | Path | nn.Module,
+    *,
+    records: Any = None,
+    control: Any = None,
+    reference: str | Path | nn.Module | None = None,
+    corpus: str | Path | None = None,
+    canaries: str | Path | None = None,
+    candidates: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    format: RecordFormat | None = None,
+    options: Options | None = None,
+    display: Display | None = None,
+) -> Run:
+    """Run one attack on a checkpoint; nothing is judged and nothing is edited.
+
+    Args:
+        name: of the attack; `unlearn ls attacks` lists them.
+        checkpoint: as for `audit`.
+        records: records to look for, for attacks that need them.
+        control: never-seen records; drafted when absent and the records come from a file.
+        reference: a checkpoint that never held the records.
+        corpus: text in which near-duplicates of the records are looked for.
+        canaries: planted secrets with the format they were drawn from (`unlearn.records.extras`).
+        candidates: for each record, values among which its personal data is asked for.
+        settings: of the attack, as in a suite (`unlearn.requests.attacks`).
+        out: the run folder; a new one under `runs/` by default.
+        tokenizer: for a live language model.
+        format: column names and templates of the record files.
+        options: device, dtype, seed, ...
+        display: where progress goes; nowhere by default.
+
+    Returns:
+        The run; `run.attack(name)` is what was found.
+
+    Raises:
+        UsageError: for anything wrong with the inputs, all mistakes at once.
+        IntegrityError: if the run folder would lie inside the checkpoint.
+        UnsupportedError: for a model the attack cannot work on.
+        ResourceError: if memory or disk runs out.
+    """
+    chosen = attack_settings(name, settings or {})
+    given = {"records": records, "control": control}
+    live, sources, raw = _inputs(checkpoint, reference, tokenizer, given, format, required=())
+    job = Job(
+        kind="attack",
+        checkpoint=_where(checkpoint),
+        sources=sources,
+        criteria={},
+        suite={
+            "sampling": Sampling().model_dump(),
+            "confirm": name == "verbatim.greedy",
+            "noise_floor": {"records": 16},
+            "budget": None,
+            "attacks": [chosen],
+            "probes": [],
+        },
+        options=options or Options(),
+        reference=None if reference is None else _where(reference),
+        inputs=_extras(corpus, canaries, candidates, format),
+    )
+    return _start(job, out, live, raw, display)
+
+
 def edit(
     method: str,
     checkpoint: str | Path | nn.Module,
@@ -396,6 +489,14 @@ def request_job(request: Request, options: Options, suite: str | Path | None = N
         sources[role] = Source.of(location, part.format(), getattr(part, "text_prompt_tokens", 1))
         if part.sha256 is not None:
             sha256[role] = part.sha256
+    inputs, duplicates = {}, {}
+    if request.corpus is not None:
+        corpus = request.corpus
+        inputs["corpus"] = asdict(Source.of(corpus.path, corpus.format()))
+        include = corpus.near_duplicates == "include"
+        duplicates = {"include": include, "threshold": corpus.threshold, "span": corpus.span}
+        if corpus.sha256 is not None:
+            sha256["corpus"] = corpus.sha256
     expected = {
         which: part.tensor_digest
         for which, part in (("checkpoint", request.checkpoint), ("reference", request.reference))
@@ -417,6 +518,8 @@ def request_job(request: Request, options: Options, suite: str | Path | None = N
         policy="request" if own else chosen.name,
         expected=expected,
         sha256=sha256,
+        inputs=inputs,
+        duplicates=duplicates,
     )
 
 
@@ -431,6 +534,20 @@ def plan(request: str | Path, out: str | Path | None, options: Options, display:
         raise
     run.finish("done", 0)
     return planned
+
+
+def _extras(corpus: Any, canaries: Any, candidates: Any, format: RecordFormat | None) -> dict[str, dict[str, Any]]:
+    """Files that some attacks need, checked to exist; what is in them is checked when the run begins."""
+    found = {}
+    for name, given in (("corpus", corpus), ("canaries", canaries), ("candidates", candidates)):
+        if given is None:
+            continue
+        path = Path(given).resolve()
+        if not path.is_file():
+            raise UsageError(f"expected a file of {name}, found none; give a JSONL file")
+        plain = RecordFormat() if name != "corpus" else format or RecordFormat()
+        found[name] = asdict(Source.of(str(path), plain))
+    return found
 
 
 def _where(checkpoint: Any) -> str:
@@ -537,8 +654,8 @@ def _resume(path: Path, request: str | Path | None, display: Display | None) -> 
 
 
 def _execute(run: RunFolder, job: Job, live: Live, display: Display | None) -> Run:
-    kinds: dict[str, type[Pipeline] | type[ProbeRun] | type[EditRun]] = {"probe": ProbeRun, "edit": EditRun}
-    workspace = kinds.get(job.kind, Pipeline)(run, job, display or Display(), live)
+    kinds: dict[str, type[Workspace]] = {"probe": ProbeRun, "edit": EditRun, "attack": AttackRun}
+    workspace: Any = kinds.get(job.kind, Pipeline)(run, job, display or Display(), live)
     try:
         verdict = workspace.execute()
     except BaseException as error:

@@ -53,6 +53,9 @@ Field = Annotated[list[str] | None, typer.Option("--field", help="FIELD=COLUMN o
 PromptTemplate = Annotated[str | None, typer.Option(help="text around every prompt, with {prompt}")]
 CompletionTemplate = Annotated[str | None, typer.Option(help="text around every completion, with {completion}")]
 
+Corpus = Annotated[Path | None, typer.Option(help="text to look for near-duplicates of the records in")]
+Canaries = Annotated[Path | None, typer.Option(help="planted secrets with their format, JSONL")]
+Candidates = Annotated[Path | None, typer.Option(help="candidates for each record's personal data, JSONL")]
 Checkpoint = Annotated[str, typer.Argument(help="checkpoint folder, .gguf file, or hub id with --online")]
 
 _GLOBAL: dict[str, Any] = {}
@@ -186,7 +189,11 @@ def audit(
     control: Annotated[Path | None, typer.Option(help="never-seen records of the same kind [drafted]")] = None,
     retain: Annotated[Path | None, typer.Option(help="data to measure beside the records")] = None,
     reference: Annotated[str | None, typer.Option(help="a checkpoint that never held the records")] = None,
+    corpus: Corpus = None,
+    canaries: Canaries = None,
+    candidates: Candidates = None,
     suite: Annotated[str, typer.Option(help="quick, standard, deep, or a YAML file")] = "standard",
+    budget: Annotated[float | None, typer.Option(help="forward passes a record that attacks may take")] = None,
     policy: Annotated[str, typer.Option(help="criteria: a policy name or YAML file")] = "default",
     *,
     out: Path | None,
@@ -204,7 +211,11 @@ def audit(
         control=control,
         retain=retain,
         reference=reference,
+        corpus=corpus,
+        canaries=canaries,
+        candidates=candidates,
         suite=suite,
+        budget=budget,
         policy=policy,
         format=format,
         out=out,
@@ -212,6 +223,45 @@ def audit(
         display=shown,
     )
     _finish(run, shown, exit_zero)
+
+
+@app.command()
+@shared(formats=True)
+def attack(
+    name: Annotated[str, typer.Argument(help="attack; `unlearn ls attacks` lists them")],
+    checkpoint: Checkpoint,
+    records: Annotated[Path | None, typer.Option(help="records to look for")] = None,
+    control: Annotated[Path | None, typer.Option(help="never-seen records of the same kind [drafted]")] = None,
+    reference: Annotated[str | None, typer.Option(help="a checkpoint that never held the records")] = None,
+    corpus: Corpus = None,
+    canaries: Canaries = None,
+    candidates: Candidates = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of a setting; repeatable")] = None,
+    *,
+    out: Path | None,
+    format: RecordFormat,
+    options: Options,
+    shown: Display,
+) -> None:
+    """Run one attack on a checkpoint; nothing is judged."""
+    from unlearn import api
+
+    run = api.attack(
+        name,
+        checkpoint,
+        records=records,
+        control=control,
+        reference=reference,
+        corpus=corpus,
+        canaries=canaries,
+        candidates=candidates,
+        settings=_assignments(set_),
+        format=format,
+        out=out,
+        options=options,
+        display=shown,
+    )
+    _show(run, shown)
 
 
 @app.command()

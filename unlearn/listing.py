@@ -23,10 +23,13 @@ def _probes() -> list[tuple[str, str]]:
 
 
 def _attacks() -> list[tuple[str, str]]:
-    from unlearn.requests.presets import load_suite
+    from unlearn.requests.attacks import broken, catalogue
 
-    attacks = load_suite("standard").attacks
-    return [(a.name, f"{a.access}  {a.goal}" + ("" if a.available else f"  [{a.reason}]")) for a in attacks]
+    rows = [
+        (name, f"{attack.access}  {attack.goal}" + ("" if attack.runner else f"  [{attack.reason}]"))
+        for name, attack in catalogue().items()
+    ]
+    return rows + [(name, problem) for name, _, problem in (line.partition(": ") for line in broken())]
 
 
 def _editors() -> list[tuple[str, str]]:

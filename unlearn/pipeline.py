@@ -2,11 +2,11 @@
 
     inputs     digests, record files read and checked, criteria sealed      (no model)
     sets       control and retain sets drafted where none were given; everything tokenised once
-    before     the checkpoint on the records, the control set, the retain set      arms O and N
+    reference  the reference on the same sets, and attacked                        arm R
+    before     the checkpoint on records, control and retain set, and attacked     arms O and N
     probes     the suite's probes look inside the checkpoint                       (where the suite has some)
-    reference  the reference on the same records                                   arm R
     edit       the editor writes an edited copy                                    (forget only)
-    after      the copy on the same sets                                           arms U and N
+    after      the copy on the same sets, and attacked                             arms U and N
     compare    criteria, residuals, verdict, claim level
     report     report.json, report.html, report.md
 
@@ -22,7 +22,9 @@ from typing import Any
 import pandas as pd
 
 from probes.errors import IntegrityError, UsageError
+from probes.likelihood import SamplingScheme
 from unlearn import reporting
+from unlearn.attacking.run import attack_arms, estimate, run_attacks
 from unlearn.editing import editor_of, write_copy
 from unlearn.evidence import criteria as judging
 from unlearn.evidence import measure
@@ -37,8 +39,8 @@ from unlearn.workspace import Workspace
 RETAIN_DRAFT = 64  # records of a drafted retain set, or as many as there are to forget
 
 METHOD_LIMITS = {
-    "causal_lm": "Extraction was tested with one prompt a record, greedy decoding and the model's own distribution; "
-    "other prompts, languages and longer contexts were not.",
+    "causal_lm": "Extraction was tested with the record's own words as prompt; rewritten prompts, other languages and "
+    "longer contexts were not.",
     "image_classification": "Images were tested as given; changed or related images were not.",
 }
 
@@ -56,11 +58,12 @@ class Pipeline(Workspace):
         """
         self.stage("inputs", self._inputs)
         self.stage("sets", self._draft_sets)
+        self.estimate()
+        if self.job.reference is not None:  # first: attacks on the checkpoint compare with it
+            self.stage("reference", lambda: self._measure("reference", "reference", ROLES))
         self.stage("before", lambda: self._measure("before", "checkpoint", ROLES))
         if self.job.suite["probes"]:
             self.stage("probes", self._probes)
-        if self.job.reference is not None:
-            self.stage("reference", lambda: self._measure("reference", "reference", ("records", "retain")))
         if self.job.kind == "forget":
             self.stage("edit", lambda: write_copy(self))
             self.stage("after", lambda: self._measure("after", "edited", ROLES))
@@ -123,7 +126,7 @@ class Pipeline(Workspace):
         checkpoint = self.checkpoint("checkpoint")
         drafted: dict[str, tuple[str, ...]] = {}
         sets = self.given()
-        from_files = checkpoint.task == "causal_lm" and "records" not in self.live.records  # drafting needs their text
+        from_files = checkpoint.task == "causal_lm" and "records" in self.job.sources  # drafting needs their text
         if "control" not in sets and from_files:
             control = draft.draft_control(self.raw("records"), self.job.options.seed)
             drafted["control"] = self._add(sets, "control", control)
@@ -149,51 +152,31 @@ class Pipeline(Workspace):
             sets[role] = self.tokenised(role)
         return made.limits
 
+    def estimate(self) -> None:
+        """Say what the attacks will cost before a model runs."""
+        self.display.note(estimate(self, self.settings()))
+
     def _measure(self, folder: str, which: str, roles: Sequence[str]) -> None:
         sets = {role: records for role, records in self.sets().items() if role in roles}
         measured = measure.measure(self.loaded(which), sets, self.settings(), self.progress)
-        measured.attacks = self._attacks(measured.task)
+        measured.attacks = run_attacks(self, folder, which, measured, self.settings())
         measure.write(self.run, folder, measured, self.pseudonym)
 
     def _probes(self) -> None:
         self.run.write_json("probes/not_run.json", run_probes(self))
 
-    def _attacks(self, task: str) -> list[dict[str, Any]]:
-        """The suite's attacks: what the one pass ran, and what was not run and why."""
-        figures = {
-            "verbatim.greedy": "extraction.greedy",
-            "verbatim.sampled": "extraction.sampled",
-            "verbatim.strength": "extraction_strength",
-            "recollection.probability": "probability" if task == "causal_lm" else "label_probability",
-        }
-        rows = []
-        for attack in self.job.suite["attacks"]:
-            fits = task in attack["tasks"]
-            reason = (
-                attack["reason"] if not attack["available"] else None if fits else "not defined for this kind of model"
-            )
-            rows.append(
-                {
-                    "name": attack["name"],
-                    "goal": attack["goal"],
-                    "access": attack["access"],
-                    "budget": attack["budget"],
-                    "status": "not_run" if reason else "run",
-                    "reason": reason,
-                    "figure": None if reason else figures[attack["name"]],
-                }
-            )
-        return rows
-
     def settings(self) -> Settings:
         """The measurement settings of this run."""
         suite, options = self.job.suite, self.job.options
+        entries = {entry["name"]: entry for entry in suite["attacks"]}
+        schemes = entries.get("verbatim.sampled", {}).get("schemes", ())
         return Settings(
             device=self.device.split(":")[0],
             dtype=options.dtype,
             seed=options.seed,
             batch_size=options.batch_size,
             **suite["sampling"],
+            schemes=tuple(SamplingScheme(**scheme) for scheme in schemes),
             confirm=suite["confirm"],
             noise_records=suite["noise_floor"]["records"],
         )
@@ -229,9 +212,15 @@ class Pipeline(Workspace):
         )
         rows = [judging.evaluate(criterion, evidence) for criterion in job.criteria[before.task]]
         over = judging.over_forgetting(evidence) if job.kind == "forget" else {"flag": False, "statement": ""}
+        groups = {role: [record.group for record in self.sets().get(role, [])] for role in ("records", "control")}
         run.write_json(
             "compare/paired.json",
-            {"arms": judging.arms(evidence), "over_forgetting": over, "utility": judging.utility(evidence)},
+            {
+                "arms": judging.arms(evidence),
+                "attacks": attack_arms(self, groups, job.kind == "forget"),
+                "over_forgetting": over,
+                "utility": judging.utility(evidence),
+            },
         )
         run.write_json(
             "compare/criteria.json",
@@ -255,6 +244,13 @@ class Pipeline(Workspace):
         limits += [sentence for role in ROLES for sentence in sets[role]["limits"]]
         if self.job.suite["probes"]:
             limits += self.run.read_json("probes/not_run.json")
+        if self.job.duplicates:
+            found = self.run.read_json("inputs/duplicates.json")
+            if left := found["uncovered"] - found["included"]:
+                limits.append(
+                    f"The corpus holds {left} near-duplicates of {len(found['records'])} records that the request does "
+                    "not cover; a model can keep giving the records back through them."
+                )
         if not sets["control"]["n"]:
             limits.append("No control set was measured, so no figure could be compared with never-seen records.")
         if self.job.kind == "forget" and not sets["retain"]["n"]:

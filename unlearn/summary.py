@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ NAMES = {
 
 def _number(value: float) -> str:
     """Two digits that matter: four columns with intervals have to fit 80 characters; the report has the rest."""
+    if 0 < abs(value) < 0.005:  # a p-value or a rare event: its size matters, not that it is nearly 0
+        return f"{value:.0e}".replace("e-0", "e-")
     if abs(value) < 0.995:
         return f"{value:.2f}".replace("0.", ".", 1)
     return f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}"
@@ -46,8 +51,6 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str
 
 
 def _wrapped(text: str, indent: str = "    ") -> list[str]:
-    import textwrap
-
     return textwrap.wrap(text, 78, initial_indent="  - ", subsequent_indent=indent)
 
 
@@ -79,6 +82,7 @@ def summary(run: Run) -> str:
             for name in SHOWN[task]
         ]
         lines += ["", *_table(("retained", "before", "after", "difference"), rows)]
+    lines += _headlines(paired["attacks"], columns, titles)
     lines += [""]
     for row in decided["criteria"]:
         required = "" if row["required"] else " (not required)"
@@ -93,6 +97,20 @@ def summary(run: Run) -> str:
     return "\n".join(lines)
 
 
+# Attacks whose figure stands in the first table.
+_SHOWN_ABOVE = {"verbatim.greedy", "verbatim.strength", "recollection.probability"}
+
+
+def _headlines(attacks: dict[str, Any], columns: list[str], titles: dict[str, str]) -> list[str]:
+    """The headline figure of every other attack that ran."""
+    rows = [
+        (name, *(_cell(row["arms"][arm]) for arm in columns))
+        for name, row in attacks.items()
+        if name not in _SHOWN_ABOVE and any(row["arms"][arm] for arm in columns)
+    ]
+    return ["", *_table(("attack", *(titles[arm] for arm in columns)), rows)] if rows else []
+
+
 def summary_data(run: Run) -> dict[str, Any]:
     """The same for `--display json`."""
     decided = run._read("compare/criteria.json")
@@ -102,6 +120,7 @@ def summary_data(run: Run) -> dict[str, Any]:
         "claim_level": decided["claim_level"],
         "criteria": decided["criteria"],
         "arms": run._read("compare/paired.json")["arms"],
+        "attacks": run._read("compare/paired.json")["attacks"],
         "checkpoint": str(run.checkpoint) if run.checkpoint else None,
         "report": str(run.path / "report" / "report.html"),
         "exit_code": run.exit_code,
@@ -116,7 +135,7 @@ def _digits(value: Any) -> str:
 def _rows(header: tuple[str, ...], rows: Sequence[tuple[Any, ...]], shown: int = 12) -> list[str]:
     """A table of the first few rows; the rest is counted."""
     cut = [tuple(cell if isinstance(cell, str) else _digits(cell) for cell in row) for row in rows[:shown]]
-    more = [f"... and {len(rows) - shown} more in probes/"] if len(rows) > shown else []
+    more = [f"... and {len(rows) - shown} more in the run folder"] if len(rows) > shown else []
     return ["", *_table(header, cut), *more] if cut else []
 
 
@@ -199,9 +218,60 @@ def _probes_of(run: Run) -> dict[str, dict[str, Any]]:
     return {name: result for name, result in found.items() if result}
 
 
-def result_text(run: Run) -> str:
-    """The terminal summary of a probe or edit run."""
+def _named(title: str, *cells: str, width: int = 42) -> list[tuple[str, ...]]:
+    """Rows of a table for one title, which takes as many lines as it needs."""
+    *above, last = textwrap.wrap(title, width)
+    return [*((part, *("" for _ in cells)) for part in above), (last, *cells)]
+
+
+def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:
+    """How many columns of a table fit into 80 characters."""
+    used = 0
+    for n, column in enumerate(columns):
+        used += 2 + max(len(column), *(len(_digits(row[n])) for row in rows))
+        if used > 82:
+            return n
+    return len(columns)
+
+
+def _ordered(found: dict[str, Any]) -> list[str]:
+    """Keys of an attack's figures: the headline first, then by name, numbers by their size."""
+
+    def natural(key: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", key)]
+
+    return sorted(found["figures"], key=lambda key: (key != found["headline"], natural(key)))
+
+
+def _attack_lines(run: Run) -> list[str]:
+    """What the attacks of an attack run found: every figure beside the never-seen records, then tables and notes."""
     lines = []
+    for path in sorted((run.path / "before" / "attacks").glob("*.json")):
+        found = run._read(f"before/attacks/{path.name}")
+        rows = [
+            row
+            for key in _ordered(found)
+            for row in _named(
+                found["titles"].get(key, key), _cell(found["figures"][key]), _cell(found["control"].get(key))
+            )
+        ]
+        lines += ["", *_table((found["attack"], "records", "never seen"), rows)] if rows else []
+        for key, reason in found["not_resolvable"].items():
+            lines += _wrapped(f"{found['titles'].get(key, key)}: not resolvable: {reason}")
+        for table in found["tables"]:
+            if not table["rows"]:
+                continue
+            n = _fitting(table["columns"], table["rows"])
+            shown = _rows(tuple(table["columns"][:n]), [tuple(row[:n]) for row in table["rows"]])
+            lines += ["", *textwrap.wrap(table["title"], 80), *shown[1:]]
+        confounded = [f"confounded: {found['confounded']}"] if found["confounded"] else []
+        lines += [line for text in (*confounded, *found["notes"]) for line in _wrapped(text)]
+    return lines
+
+
+def result_text(run: Run) -> str:
+    """The terminal summary of a probe, attack or edit run."""
+    lines = _attack_lines(run)
     for name, found in _probes_of(run).items():
         lines += _PROBES[name](found) + [line for text in found["warnings"] for line in _wrapped(text)]
     plan, delta = run._read("edit/plan.json"), run._read("edit/delta.json")
@@ -211,16 +281,26 @@ def result_text(run: Run) -> str:
         lines += [f"{plan['method']['name']}: {changed} tensors changed, {share:.2%} of all weights"]
         lines += [line for text in plan["warnings"] for line in _wrapped(text)]
         lines += ["not audited: `unlearn forget` measures what an edit does", f"edited copy: {run.checkpoint}"]
-    page = run.path / "report" / "probe.html"
+    page = _page(run)
     return "\n".join([*lines, "", f"report: {page}"] if page.is_file() else lines)
+
+
+def _page(run: Run) -> Path:
+    """The page of a run that judged nothing."""
+    pages = [run.path / "report" / f"{stem}.html" for stem in ("attack", "probe")]
+    return next((page for page in pages if page.is_file()), pages[0])
 
 
 def result_data(run: Run) -> dict[str, Any]:
     """The same for `--display json`."""
-    page = run.path / "report" / "probe.html"
+    page = _page(run)
     return {
         "run": str(run.path),
         "probes": _probes_of(run),
+        "attacks": {
+            path.stem: run._read(f"before/attacks/{path.name}")
+            for path in sorted((run.path / "before" / "attacks").glob("*.json"))
+        },
         "checkpoint": str(run.checkpoint) if run.checkpoint else None,
         "report": str(page) if page.is_file() else None,
         "exit_code": run.exit_code,

@@ -37,6 +37,9 @@ class Display:
     def note(self, text: str) -> None:
         """Say one line about progress."""
 
+    def part(self, name: str) -> None:
+        """Say which part of a stage is under way, where that can be taken back."""
+
     def skipped(self, name: str) -> None:
         """Say that a stage was finished by an earlier run."""
 
@@ -107,6 +110,7 @@ class RichDisplay(PlainDisplay):
     """Live bars on a terminal."""
 
     name = "rich"
+    _live: Any = None
 
     @contextlib.contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[Update]:
@@ -123,13 +127,20 @@ class RichDisplay(PlainDisplay):
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
             task = bars.add_task("", total=None, stage=name, rate="")
+            self._live = (bars, task)
 
             def update(done: int, total: int) -> None:
                 elapsed = max(time.monotonic() - start, 1e-6)
                 bars.update(task, completed=done, total=total, rate=f"{done / elapsed:.1f}/s")
 
             yield update
+        self._live = None
         self._line(f"ok {name:<10} {detail:<48} {duration(time.monotonic() - start)}")
+
+    def part(self, name: str) -> None:
+        if self._live is not None:
+            bars, task = self._live
+            bars.update(task, stage=name)
 
 
 def make_display(name: str) -> Display:

@@ -20,11 +20,12 @@ from probes.records import TokenRecord
 from unlearn.checkpoints.checkpoint import Checkpoint, LiveCheckpoint, open_checkpoint
 from unlearn.disk import file_sha256
 from unlearn.evidence.measure import Loaded, Progress, Record
+from unlearn.records.extras import Canary, read_canaries, read_candidates
 from unlearn.records.files import as_row, read_records
 from unlearn.records.raw import RawRecord
 from unlearn.records.tokens import data_digest, images, tokenise
 from unlearn.runs.folder import RunFolder
-from unlearn.runs.job import ROLES, Job, environment
+from unlearn.runs.job import ROLES, Job, Source, environment
 from unlearn.runs.pseudonyms import load_key, pseudonym
 from unlearn.terminal import Display
 
@@ -70,6 +71,11 @@ class Workspace:
     def detail(self, name: str) -> str:
         """What a stage does, for the display."""
         return ""
+
+    def doing(self, name: str, done: int, total: int) -> None:
+        """Say which part of a stage is under way."""
+        self.display.part(name)
+        self.progress(done, total)
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
@@ -139,14 +145,39 @@ class Workspace:
             IntegrityError: a file is not the one the request names.
             UsageError: with every mistake in a set.
         """
+        for what, given in self.job.inputs.items():
+            self.run.event("input.read", what=what, sha256="sha256:" + file_sha256(Path(given["location"])))
+        located = {role: source.location for role, source in self.job.sources.items()}
+        located |= {what: given["location"] for what, given in self.job.inputs.items()}
         for role, expected in self.job.sha256.items():
-            if "sha256:" + file_sha256(Path(self.job.sources[role].location)) != expected:
+            if "sha256:" + file_sha256(Path(located[role])) != expected:
                 raise IntegrityError(
                     f"expected the {role} file with the digest in the request, found another; was it changed?"
                 )
         for role, raw in self.read_sources().items():
+            if role == "records" and self.job.duplicates:
+                raw = self._with_duplicates(raw)
             self.tokenise(role, raw)  # here a mistake still names the user's own file and line
             self.keep(role, raw)
+
+    def _with_duplicates(self, raw: list[RawRecord]) -> list[RawRecord]:
+        """Records and, where the request says so, their near-duplicates in the corpus, as one cluster each."""
+        from unlearn.records.expand import expand
+
+        chosen = self.job.duplicates
+        found = expand(
+            raw, self.corpus(), threshold=chosen["threshold"], span=chosen["span"], include=chosen["include"]
+        )
+        self.run.write_json(
+            "inputs/duplicates.json",
+            {
+                "corpus": found.corpus,
+                "uncovered": found.uncovered,
+                "included": found.included,
+                "records": [self.pseudonym(name) for name in found.records],
+            },
+        )
+        return found.raw
 
     def summarise(self, sets: dict[str, list[Record]], drafted: dict[str, tuple[str, ...]]) -> None:
         """Note sizes, origins and digests of the sets, and who is behind which pseudonym.
@@ -194,6 +225,19 @@ class Workspace:
                 row["image"] = str(self.run.write_bytes(f"private/images/{role}-{i:06d}", record.image).resolve())
             rows.append(row)
         self.run.write_jsonl(f"private/{role}.jsonl", rows)
+
+    def canaries(self) -> list[Canary]:
+        """Planted secrets, where the run has a file of them."""
+        return read_canaries(self.job.inputs["canaries"]["location"])
+
+    def candidates(self) -> dict[str, list[str]]:
+        """Candidates for an attribute, by record id."""
+        return read_candidates(self.job.inputs["candidates"]["location"])
+
+    def corpus(self) -> list[RawRecord]:
+        """The corpus that near-duplicates are looked for in; it is read where it lies and not copied."""
+        source = Source(**self.job.inputs["corpus"])
+        return read_records(source.location, role="corpus", fmt=source.format())
 
     def raw(self, role: str) -> list[RawRecord]:
         """A frozen set with its text."""

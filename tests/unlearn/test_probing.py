@@ -153,7 +153,7 @@ def test_a_suite_runs_probes_and_says_what_it_could_not_run(world: World, tmp_pa
     suite = tmp_path / "suite.yaml"
     suite.write_text(
         "schema: unlearn.suite/v1\nname: own\ndescription: with probes\nnoise_floor: {records: 4}\n"
-        "attacks: [{name: verbatim.greedy, goal: g, access: A0, budget: b}]\n"
+        "attacks: [{name: verbatim.greedy}]\n"
         "probes: [{name: condition}, {name: kfac, modules: [no.such.module]}]\n"
     )
     run = api.audit(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,15 +19,15 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from attacks.extraction import confirm
+from attacks.extraction import Confirmation, confirm
 from probes import classify, figures, likelihood
 from probes.modelmap import ModelMap
 from probes.records import ImageRecord, TokenRecord
-from unlearn.evidence import metrics
+from unlearn.evidence import metrics, tokens
 from unlearn.runs import cache
 from unlearn.runs.folder import RunFolder, digest
 
-VERSION = "1"  # of the tables; part of every cache key
+VERSION = "2"  # of the tables; part of every cache key
 IMAGE_BATCH = 64
 REPEAT_BATCH = 5  # records a batch in the second measurement of the noise floor: never the first one's batches
 Record = TokenRecord | ImageRecord
@@ -46,12 +46,20 @@ class Settings:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    schemes: tuple[likelihood.SamplingScheme, ...] = ()  # further ones, for (n, p)-discoverable extraction
     confirm: bool = True
     noise_records: int | None = 64  # None: all
 
     def as_dict(self) -> dict[str, Any]:
         """For the run folder and cache keys."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
+            "schemes": [asdict(scheme) for scheme in self.schemes]
+        }
+
+    @property
+    def scheme(self) -> likelihood.SamplingScheme:
+        """The sampling scheme of the criteria's sampled extraction."""
+        return likelihood.SamplingScheme(self.temperature, self.top_k, self.top_p)
 
 
 @dataclass(slots=True)
@@ -67,7 +75,10 @@ class Loaded:
 
 @dataclass(slots=True)
 class Measured:
-    """Tables by set name (`records`, `control`, `retain`), ids as the caller wrote them, and how they were made."""
+    """Tables by set name (`records`, `control`, `retain`), ids as the caller wrote them, and how they were made.
+
+    `tokens` holds the per-token tables behind them, where the model is a language model.
+    """
 
     task: str
     tensor_digest: str
@@ -75,6 +86,7 @@ class Measured:
     engine: dict[str, Any]
     noise_floor: dict[str, float]
     attacks: list[dict[str, Any]] = field(default_factory=list)
+    tokens: dict[str, likelihood.TokenTable] = field(default_factory=dict)
 
 
 def records_digest(records: Sequence[Record]) -> str:
@@ -109,20 +121,23 @@ def measure(
         found = _cached(loaded, settings, "noise", sets["records"], lambda: {"noise": _noise(loaded, sets, settings)})
         noise = float(found["noise"])
     tables: dict[str, pd.DataFrame] = {}
+    per_token: dict[str, likelihood.TokenTable] = {}
     counts = {"confirmed": 0, "disagreements": 0, "memory_splits": 0}
     for name, records in sets.items():
 
         def advance(n: int, _: int, base: int = done) -> None:
             update(base + n, total)
 
-        confirmed = settings.confirm and name != "retain"
-        one = partial(_language if language else _images, loaded, records, settings, noise, confirmed, advance)
-        found = _cached(loaded, settings, "table", records, one, noise=noise, confirmed=confirmed)
-        frame = pd.DataFrame(found["columns"])
+        if language:
+            confirmed = settings.confirm and name != "retain"
+            frame, per_token[name], found = _language(loaded, records, settings, noise, confirmed, advance)
+            counts = {key: count + found[key] for key, count in counts.items()}
+        else:
+            columns = _cached(loaded, settings, "table", records, partial(_images, loaded, records, settings, advance))
+            frame = pd.DataFrame(columns)
         frame.insert(0, "record_id", [record.record_id for record in records])
         frame["group"] = pd.Series([record.group for record in records], dtype=object)
         tables[name] = frame
-        counts = {key: count + found[key] for key, count in counts.items()}
         done += len(records)
         update(done, total)
     again = partial(_repeat, loaded, sets["records"], tables["records"], settings, noise)
@@ -131,7 +146,27 @@ def measure(
     if language:
         sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
         engine |= {"sampling": sampling, "logit_noise": noise} | counts
-    return Measured(loaded.task, loaded.tensor_digest, tables, engine, floor)
+    return Measured(loaded.task, loaded.tensor_digest, tables, engine, floor, tokens=per_token)
+
+
+def _key(loaded: Loaded, settings: Settings, kind: str, records: Sequence[Record], **parts: Any) -> str:
+    return cache.key_of(
+        kind=f"measurement.{kind}",
+        version=VERSION,
+        tensors=loaded.tensor_digest,
+        tokenizer=loaded.tokenizer_digest,
+        task=loaded.task,
+        settings=settings.as_dict(),
+        data=records_digest(records),
+        **parts,
+    )
+
+
+def _keep(key: str, suffix: str, data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"measurement{suffix}"
+        path.write_bytes(data)
+        cache.store(key, path)
 
 
 def _cached(
@@ -143,26 +178,49 @@ def _cached(
     **parts: Any,
 ) -> dict[str, Any]:
     """The result of `compute`, from the store where it was computed before under the same conditions."""
-    key = cache.key_of(
-        kind=f"measurement.{kind}",
-        version=VERSION,
-        tensors=loaded.tensor_digest,
-        tokenizer=loaded.tokenizer_digest,
-        task=loaded.task,
-        settings=settings.as_dict(),
-        data=records_digest(records),
-        **parts,
-    )
+    key = _key(loaded, settings, kind, records, **parts)
     hit = cache.lookup(key, ".json")
     if hit is not None:
         stored: dict[str, Any] = json.loads(hit.read_text())
         return stored
     result = compute()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "measurement.json"
-        path.write_text(json.dumps(result))  # infinities as Python writes them: the store is read by us alone
-        cache.store(key, path)
+    _keep(key, ".json", json.dumps(result).encode())  # infinities as Python writes them: the store is read by us alone
     return result
+
+
+def token_table(
+    loaded: Loaded,
+    records: Sequence[TokenRecord],
+    settings: Settings,
+    progress: Progress | None = None,
+    prefix: Sequence[int] = (),
+) -> likelihood.TokenTable:
+    """The one pass over records, from the store where it was made before under the same conditions.
+
+    Args:
+        loaded: the model.
+        records: what to score.
+        settings: see `Settings`.
+        progress: called with (records done, records in all).
+        prefix: token ids that stand before every record; their keys and values are computed once.
+    """
+    key = _key(loaded, settings, "tokens", records, prefix=list(prefix))
+    hit = cache.lookup(key, ".npz")
+    if hit is not None:
+        return tokens.load(hit, records, settings.scheme, settings.schemes)
+    table = likelihood.score(
+        loaded.model,
+        records,
+        model_map=loaded.model_map,
+        scheme=settings.scheme,
+        schemes=settings.schemes,
+        progress=progress,
+        batch_tokens=settings.batch_tokens,
+        batch_size=settings.batch_size,
+        **({"prefix": prefix} if prefix else {}),
+    )
+    _keep(key, ".npz", tokens.dump(table))
+    return table
 
 
 def _noise(loaded: Loaded, sets: dict[str, list[Record]], settings: Settings) -> float:
@@ -175,40 +233,45 @@ def _noise(loaded: Loaded, sets: dict[str, list[Record]], settings: Settings) ->
     )
 
 
-def _scheme(settings: Settings) -> likelihood.SamplingScheme:
-    return likelihood.SamplingScheme(settings.temperature, settings.top_k, settings.top_p)
-
-
 def _columns(frame: pd.DataFrame) -> dict[str, list[Any]]:
     return {str(name): frame[name].tolist() for name in frame.columns if name != "record_id"}
 
 
 def _language(
     loaded: Loaded, records: list[Record], settings: Settings, noise: float, confirmed: bool, progress: Progress
-) -> dict[str, Any]:
-    tokens = cast("list[TokenRecord]", records)
-    table = likelihood.score(
-        loaded.model,
-        tokens,
-        model_map=loaded.model_map,
-        scheme=_scheme(settings),
-        progress=progress,
-        batch_tokens=settings.batch_tokens,
-        batch_size=settings.batch_size,
-    )
+) -> tuple[pd.DataFrame, likelihood.TokenTable, dict[str, int]]:
+    """Figures of one set, the per-token table they come from, and how many verdicts were confirmed."""
+    items = cast("list[TokenRecord]", records)
+    table = token_table(loaded, items, settings, progress)
     frame = figures.record_figures(table, noise=noise)
-    counts = {"confirmed": 0, "disagreements": 0, "memory_splits": table.splits}
+    summary = Confirmation(0, 0)
     if confirmed:
-        frame, summary = confirm(loaded.model, tokens, frame)
-        counts |= {"confirmed": summary.generated, "disagreements": summary.disagreements}
+
+        def generate() -> dict[str, Any]:
+            checked, done = confirm(loaded.model, items, frame)
+            return {
+                "greedy": checked["greedy"].tolist(),
+                "emitted": checked["emitted"].tolist(),
+                "generated": done.generated,
+                "disagreements": done.disagreements,
+            }
+
+        found = _cached(loaded, settings, "confirmed", records, generate, noise=noise)
+        frame = frame.assign(greedy=found["greedy"], emitted=found["emitted"])
+        summary = Confirmation(found["generated"], found["disagreements"])
     else:
         frame = frame.assign(emitted=frame["greedy"] == "extracted")
-    return {"columns": _columns(frame)} | counts
+    counts = {
+        "confirmed": summary.generated,
+        "disagreements": summary.disagreements,
+        "memory_splits": table.splits,
+    }
+    return frame.drop(columns="record_id"), table, counts
 
 
 def _engine(settings: Settings, records: Sequence[Record], loaded: Loaded) -> dict[str, Any]:
     device = next(loaded.model.parameters()).device
-    tokens, size = settings.batch_tokens or likelihood.default_batch_tokens(device), settings.batch_size
+    budget, size = settings.batch_tokens or likelihood.default_batch_tokens(device), settings.batch_size
     if loaded.task == "image_classification":
         size = size or IMAGE_BATCH
     return {
@@ -216,7 +279,7 @@ def _engine(settings: Settings, records: Sequence[Record], loaded: Loaded) -> di
         "device": device.type,
         "seed": settings.seed,
         "batch_size": size,
-        "batch_tokens": None if size else tokens,
+        "batch_tokens": None if size else budget,
         "records": len(records),
     }
 
@@ -245,9 +308,9 @@ def _repeat(
     rows = _sample(len(records), settings)
     again = [records[i] for i in rows]
     if loaded.task == "causal_lm":
-        tokens = cast("list[TokenRecord]", again)
-        options = {"model_map": loaded.model_map, "scheme": _scheme(settings), "batch_size": REPEAT_BATCH}
-        table = likelihood.score(loaded.model, tokens, **options)  # type: ignore[arg-type]
+        items = cast("list[TokenRecord]", again)
+        options = {"model_map": loaded.model_map, "scheme": settings.scheme, "batch_size": REPEAT_BATCH}
+        table = likelihood.score(loaded.model, items, **options)  # type: ignore[arg-type]
         second = figures.record_figures(table, noise=noise)
         columns = [c for c in figures.COLUMNS if c not in ("record_id", "n_tokens", "greedy", "n_for_p50", "n_for_p90")]
     else:
@@ -258,17 +321,14 @@ def _repeat(
     return spread | {"records": float(len(rows))}
 
 
-def _images(
-    loaded: Loaded, records: list[Record], settings: Settings, noise: float, confirmed: bool, progress: Progress
-) -> dict[str, Any]:
+def _images(loaded: Loaded, records: list[Record], settings: Settings, progress: Progress) -> dict[str, Any]:
     images = cast("list[ImageRecord]", records)
     size = settings.batch_size or IMAGE_BATCH
-    frame = classify.score_images(loaded.model, images, batch_size=size, progress=progress)
-    return {"columns": _columns(frame), "confirmed": 0, "disagreements": 0, "memory_splits": 0}
+    return _columns(classify.score_images(loaded.model, images, batch_size=size, progress=progress))
 
 
 def write(run: RunFolder, folder: str, measured: Measured, pseudonym: Callable[[str], str]) -> None:
-    """Write one measurement into the run folder: numbers under pseudonyms."""
+    """Write one measurement into the run folder: numbers under pseudonyms; per-token ones into its private part."""
     seed = int(measured.engine["seed"])
     document: dict[str, Any] = {
         "schema": "unlearn.metrics/v1",
@@ -280,6 +340,8 @@ def write(run: RunFolder, folder: str, measured: Measured, pseudonym: Callable[[
         "attacks": measured.attacks,
         "sets": {},
     }
+    for name, table in measured.tokens.items():
+        run.write_bytes(f"private/tokens/{folder}-{name}.npz", tokens.dump(table))
     for name, frame in measured.tables.items():
         shared = frame.drop(columns=["group"]).assign(record_id=[pseudonym(i) for i in frame["record_id"]])
         run.write_table(f"{folder}/{name}.parquet", shared)

@@ -18,17 +18,16 @@ from pydantic import (
     Field,
     JsonValue,
     StrictBool,
-    StrictInt,
     StringConstraints,
     model_validator,
 )
 
+from unlearn.requests.attacks import Attacks, Sampling
 from unlearn.requests.probes import Probes
 from unlearn.requests.yamlfile import Schema, parse, read_yaml
 from unlearn.resources import config_names, config_path
 
 Task = Literal["causal_lm", "image_classification"]
-T = TypeVar("T")
 Number = Annotated[float, Field(strict=True)]  # not strict, `yes` would be 1.0
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -42,7 +41,6 @@ METRICS: dict[Task, set[str]] = {
     "causal_lm": {"loss", "min_k", "min_k_plus_plus", "zlib_ratio"} | SHARES["causal_lm"],
     "image_classification": {"loss", "margin", "entropy"} | SHARES["image_classification"],
 }
-ATTACKS = ("verbatim.greedy", "verbatim.sampled", "verbatim.strength", "recollection.probability")
 
 
 def _known_metric(value: str) -> str:
@@ -150,14 +148,6 @@ class Policy(Schema):
         return section.causal_lm if task == "causal_lm" else section.image_classification
 
 
-class Sampling(Schema):
-    """The sampling scheme under which (n, p)-discoverable extraction is computed."""
-
-    temperature: Annotated[Number, Field(gt=0)] = 1.0
-    top_k: Annotated[StrictInt, Field(gt=0)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-
-
 def _count_or_all(value: object) -> object:
     if value == "all":
         return None
@@ -172,36 +162,17 @@ class NoiseFloor(Schema):
     records: Annotated[int | None, BeforeValidator(_count_or_all)]
 
 
-def _some(value: tuple[T, ...]) -> tuple[T, ...]:
-    if not value:  # `min_length` would also complain where entries are given but wrong
-        raise ValueError("expected at least one entry, found none")
-    return value
-
-
-class Attack(Schema):
-    """One attack of a suite. What is not available is listed all the same, so that a report says it was not run."""
-
-    name: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_.]*$")]
-    goal: Text
-    access: Literal["A0", "A1", "A2", "A3", "A4"]
-    budget: Text | None = None
-    tasks: Annotated[tuple[Task, ...], AfterValidator(_some)] = ("causal_lm", "image_classification")
-    available: StrictBool = True
-    reason: Text | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.available and self.name not in ATTACKS:
-            raise ValueError(f"expected one of {', '.join(ATTACKS)}, or `available: false` with a reason")
-        if self.available and self.budget is None:
-            raise ValueError("expected a `budget` for an attack that runs")
-        if not self.available and self.reason is None:
-            raise ValueError("expected a `reason` beside `available: false`")
-        return self
-
-
 class Suite(Schema):
-    """Which attacks and probes run, and how."""
+    """Which attacks and probes run, and how.
+
+    Attributes:
+        sampling: the scheme of the criteria's sampled extraction.
+        confirm: whether verdicts of the one pass are confirmed with `generate()`.
+        noise_floor: how many records are measured twice.
+        budget: forward passes of the audited model per record that attacks may take, in the suite's order.
+        attacks: names in `unlearn.requests.attacks`, with settings that differ from their defaults.
+        probes: see `unlearn.requests.probes`.
+    """
 
     schema_: Literal["unlearn.suite/v1"] = Field(alias="schema")
     name: Text
@@ -209,14 +180,9 @@ class Suite(Schema):
     sampling: Sampling = Sampling()
     confirm: StrictBool = True
     noise_floor: NoiseFloor
-    generate_batch: Annotated[StrictInt, Field(ge=1)] = 1
-    attacks: Annotated[tuple[Attack, ...], AfterValidator(_some)]
+    budget: Annotated[Number, Field(gt=0)] | None = None
+    attacks: Attacks
     probes: Probes = ()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        distinct((attack.name for attack in self.attacks), "name")
-        return self
 
 
 class MethodPreset(Schema):

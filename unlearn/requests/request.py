@@ -167,6 +167,20 @@ class RecordSet(_Columns):
     path: Location
 
 
+class Corpus(RecordSet):
+    """Text in which near-duplicates of the records are looked for.
+
+    Attributes:
+        near_duplicates: `list` names those that the request does not cover; `include` adds them to the records.
+        threshold: Jaccard similarity of word 5-shingles.
+        span: tokens of an exact common span.
+    """
+
+    near_duplicates: Literal["list", "include"] = "list"
+    threshold: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.8
+    span: Annotated[StrictInt, Field(ge=5)] = 50
+
+
 class Checkpoint(Schema):
     """The checkpoint to be edited (a copy of it)."""
 
@@ -270,6 +284,7 @@ class Request(Schema):
     reference: Reference | None = None
     control: RecordSet | None = None
     retain: RecordSet | None = None
+    corpus: Corpus | None = None
     method: Method = Method()
     suite: Annotated[Text, _loaded_by(load_suite)] = "standard"
     policy: Annotated[Text, _loaded_by(load_policy)] | None = None
@@ -480,6 +495,7 @@ checkpoint:
 # records and the model, and the report says so. `unlearn draft control|retain` writes them to a file for review.
 # control: {path: control.jsonl}         # sha256, fields, templates and ignore_unknown as under data
 # retain: {path: retain.jsonl}
+# corpus: {path: corpus.jsonl, near_duplicates: include}   # or list: name what the request does not cover
 
 method:
   name: ssd

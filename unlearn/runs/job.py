@@ -83,7 +83,8 @@ class Job:
     """One run.
 
     Attributes:
-        kind: `audit`, `forget`, `probe` (look inside, judge nothing) or `edit` (a copy without an audit).
+        kind: `audit`, `forget`, `attack` (one attack, judge nothing), `probe` (look inside, judge nothing) or `edit`
+            (a copy without an audit).
         checkpoint: path or hub id of the checkpoint; `live` for a module in memory.
         sources: record sets that were given, by role.
         criteria: what is judged, by kind of model, fixed before any model is loaded.
@@ -97,9 +98,11 @@ class Job:
         expected: tensor digests the request states, by `checkpoint` and `reference`.
         sha256: digests of record files the request states, by role.
         factors: curvature factor files of a probe run: one to `read`, one to `write`.
+        inputs: `corpus`, `canaries` and `candidates` where they were given, as `Source` fields.
+        duplicates: how near-duplicates in the corpus are treated: `include`, `threshold`, `span`.
     """
 
-    kind: Literal["audit", "forget", "probe", "edit"]
+    kind: Literal["audit", "forget", "attack", "probe", "edit"]
     checkpoint: str
     sources: dict[str, Source]
     criteria: dict[str, tuple[Criterion, ...]]
@@ -113,6 +116,8 @@ class Job:
     expected: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     factors: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    duplicates: dict[str, Any] = field(default_factory=dict)
 
     def dump(self) -> dict[str, Any]:
         """As JSON values."""

@@ -1,0 +1,1 @@
+"""Attacks in a run: what they share, which of them run, what they leave behind."""

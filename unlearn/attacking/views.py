@@ -1,0 +1,335 @@
+"""What attacks on one model share: each pass is made once, by the first attack that asks for it.
+
+`Views` is what an attack's runner gets. It gives tokenised records, the per-token table of the one pass, the tables of
+lower-cased and prefixed records, the reference's tables, greedy continuations, free samples, and texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from attacks.extraction.continuation import continuations
+from attacks.extraction.untargeted import sample
+from attacks.membership.blind import Blind, blind_images, blind_test
+from attacks.membership.scores import prefixed_records
+from probes.errors import UsageError
+from probes.likelihood import SamplingScheme, TokenTable
+from probes.modelmap import ModelMap
+from probes.records import ImageRecord, TokenRecord
+from probes.sharedprefix import completion_log_probs
+from unlearn.evidence import tokens
+from unlearn.evidence.measure import Loaded, Measured, Progress, Record, Settings, token_table
+from unlearn.records.raw import Message, RawRecord
+from unlearn.workspace import Workspace
+
+ROLES = ("records", "control")
+
+
+@dataclass(frozen=True, slots=True)
+class BlindView:
+    """The blind test's result: whether membership figures are confounded, and a sentence."""
+
+    found: Blind
+    confounded: bool
+    statement: str
+
+
+class Views:
+    """One model of a run under attack.
+
+    Attributes:
+        workspace: the run.
+        stage: `before`, `after` or `reference`.
+        settings: measurement settings.
+        seed: for every random choice.
+    """
+
+    def __init__(
+        self, workspace: Workspace, stage: str, which: str, measured: Measured | None, settings: Settings
+    ) -> None:
+        self.workspace, self.stage, self.settings = workspace, stage, settings
+        self.seed = settings.seed
+        self._which = which
+        self._measured = measured
+        self._made: dict[Any, Any] = {}
+
+    # -- the model -------------------------------------------------------------------------------------------------
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model with its identity."""
+        return self.workspace.loaded(self._which)
+
+    @property
+    def model(self) -> nn.Module:
+        """The live model."""
+        return self.loaded.model
+
+    @property
+    def model_map(self) -> ModelMap:
+        """Its map."""
+        return self.loaded.model_map
+
+    @property
+    def task(self) -> str:
+        """`causal_lm` or `image_classification`."""
+        return self.workspace.checkpoint("checkpoint").task
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, or None where there is none."""
+        try:
+            return self.workspace.checkpoint("checkpoint").load_tokenizer()
+        except UsageError:
+            return None
+
+    @property
+    def progress(self) -> Progress:
+        """Of the stage."""
+        return self.workspace.progress
+
+    @property
+    def max_length(self) -> int:
+        """Positions the model has."""
+        config = self.workspace.checkpoint("checkpoint").config
+        return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 20)
+
+    # -- records ---------------------------------------------------------------------------------------------------
+
+    def has(self, role: str) -> bool:
+        """Whether there is a set for this role."""
+        return bool(self.workspace.sets().get(role))
+
+    def records(self, role: str = "records") -> list[TokenRecord]:
+        """A tokenised set; empty where there is none."""
+        return cast("list[TokenRecord]", self.workspace.sets().get(role, []))
+
+    def clusters(self, role: str = "records") -> list[str | None]:
+        """Near-duplicate cluster of each record."""
+        return [record.group for record in self.workspace.sets().get(role, [])]
+
+    def paired_clusters(self) -> tuple[list[str | None], list[str | None]]:
+        """Clusters of records and control; a drafted control record is in the cluster of its original."""
+        ours, theirs = self.clusters(), self.clusters("control")
+        if self.workspace.run.read_json("inputs/sets.json").get("control", {}).get("source") != "drafted":
+            return ours, theirs
+        numbers = [record.record_id.removeprefix("control-") for record in self.records("control")]
+        return (
+            [group or f"original-{number}" for number, group in enumerate(ours, start=1)],
+            [group or f"original-{number}" for number, group in zip(numbers, theirs, strict=True)],
+        )
+
+    def frame(self, role: str = "records") -> pd.DataFrame:
+        """Per-record figures of the one pass."""
+        assert self._measured is not None
+        return self._measured.tables[role] if role in self._measured.tables else pd.DataFrame()
+
+    def table(self, role: str = "records") -> TokenTable:
+        """The per-token table of the one pass."""
+        assert self._measured is not None
+        return self._measured.tokens[role]
+
+    @property
+    def noise(self) -> float:
+        """Logit margin below which a greedy verdict is uncertain."""
+        assert self._measured is not None
+        return float(self._measured.engine.get("logit_noise", 0.0))
+
+    def raw(self, role: str) -> list[RawRecord] | None:
+        """Records with their text; None where they came as token ids or images."""
+        if role in self.workspace.live.records or not self.workspace.run.file(f"private/{role}.jsonl").exists():
+            return None
+        found = self._once(("raw", role), lambda: self.workspace.raw(role))
+        return None if any(record.form in ("ids", "image") for record in found) else cast("list[RawRecord]", found)
+
+    @property
+    def text(self) -> bool:
+        """Whether the records came as text."""
+        return self.raw("records") is not None and (not self.has("control") or self.raw("control") is not None)
+
+    def encode(self, raw: Sequence[RawRecord]) -> list[TokenRecord]:
+        """Records with text, tokenised as the run's own were."""
+        return cast("list[TokenRecord]", self.workspace.tokenise("records", list(raw)))
+
+    def strings(self, role: str = "records", *, prompt: bool = True) -> list[str]:
+        """Records as strings: decoded where there is a tokenizer, ids spelled out otherwise.
+
+        Args:
+            role: the record set.
+            prompt: whether the prompt stands in front of the completion.
+        """
+        return self.decode([record.ids if prompt else record.completion for record in self.records(role)])
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Token ids as strings."""
+        if self.tokenizer is None:
+            return [" ".join(map(str, row)) for row in ids]
+        return [
+            str(self.tokenizer.decode(list(row), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            for row in ids
+        ]
+
+    # -- passes ----------------------------------------------------------------------------------------------------
+
+    def _once(self, key: Any, make: Any) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def score(self, records: Sequence[TokenRecord], prefix: Sequence[int] = ()) -> TokenTable:
+        """One pass over other records than those of the run."""
+        return token_table(self.loaded, records, self.settings, prefix=prefix)
+
+    def lower(self, role: str) -> TokenTable:
+        """The pass over a set in lower case."""
+
+        def make() -> TokenTable:
+            return self.score(self.encode([_lowered(record) for record in self.raw(role) or []]))
+
+        return cast("TokenTable", self._once(("lower", role), make))
+
+    def reference(self, role: str) -> TokenTable:
+        """The reference's table of a set, as its own stage left it."""
+
+        def make() -> TokenTable:
+            path = self.workspace.run.file(f"private/tokens/reference-{role}.npz")
+            return tokens.load(path, self.records(role), self.settings.scheme, self.settings.schemes)
+
+        return cast("TokenTable", self._once(("reference", role), make))
+
+    def reference_frame(self, role: str) -> pd.DataFrame:
+        """The reference's per-record figures of a set."""
+        return cast("pd.DataFrame", self._once(("frame", role), lambda: self._read_reference(role)))
+
+    def _read_reference(self, role: str) -> pd.DataFrame:
+        return self.workspace.run.read_table(f"reference/{role}.parquet")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a reference, measured in its own stage before this one, that is not this model."""
+        return self.stage != "reference" and self.workspace.job.reference is not None
+
+    def continuations(self, role: str) -> list[tuple[int, ...]]:
+        """What greedy decoding emits after each prompt, as many tokens as the completion has."""
+
+        def make() -> list[tuple[int, ...]]:
+            found = continuations(
+                self.model,
+                self.records(role),
+                self.table(role),
+                noise=self.noise,
+                model_map=self.model_map,
+            )
+            rows = [
+                {"id": record.record_id, "ids": list(ids)}
+                for record, ids in zip(self.records(role), found, strict=True)
+            ]
+            self.workspace.run.write_jsonl(f"private/generations/{self.stage}-{role}.jsonl", rows)
+            return found
+
+        return cast("list[tuple[int, ...]]", self._once(("continuations", role), make))
+
+    def samples(self, n: int, length: int, scheme: SamplingScheme) -> list[tuple[int, ...]]:
+        """Free samples, kept in the private folder."""
+
+        def make() -> list[tuple[int, ...]]:
+            found = [
+                tuple(ids)
+                for ids in sample(self.model, n, length, scheme=scheme, prompt_ids=self.opening, seed=self.seed)
+            ]
+            name = f"private/generations/{self.stage}-samples-{n}-{length}.jsonl"
+            self.workspace.run.write_jsonl(name, [{"ids": list(ids)} for ids in found])
+            return found
+
+        return cast("list[tuple[int, ...]]", self._once(("samples", n, length, scheme), make))
+
+    @property
+    def opening(self) -> list[int]:
+        """What a free sample starts from: the beginning-of-sequence token, else the end-of-sequence one."""
+        config = self.workspace.checkpoint("checkpoint").config
+        for source in (self.tokenizer, None):
+            for name in ("bos_token_id", "eos_token_id"):
+                found = getattr(source, name, None) if source is not None else config.get(name)
+                if isinstance(found, list):
+                    found = found[0] if found else None
+                if found is not None:
+                    return [int(found)]
+        return [self.records()[0].ids[0]] if self.has("records") else [0]
+
+    def made(self, key: Any) -> bool:
+        """Whether something was made already."""
+        return key in self._made
+
+    def rows(self, table: TokenTable, chosen: np.ndarray) -> TokenTable:
+        """The part of a table that belongs to some of its records."""
+        places = np.concatenate([np.arange(table.offsets[i], table.offsets[i + 1]) for i in chosen])
+        sizes = np.diff(table.offsets)[chosen]
+        columns = ("log_prob", "log_sampled", "rank", "margin", "gap", "mean", "variance")
+        return replace(
+            table,
+            record_ids=tuple(table.record_ids[int(i)] for i in chosen),
+            compressed_bytes=table.compressed_bytes[chosen],
+            offsets=np.concatenate([[0], np.cumsum(sizes)]),
+            log_schemes=table.log_schemes[places] if len(table.log_schemes) else table.log_schemes,
+            **{name: getattr(table, name)[places] for name in columns},
+        )
+
+    def prefixed(self, records: Sequence[TokenRecord], shots: Sequence[TokenRecord]) -> np.ndarray:
+        """[R] log-probabilities of completions behind other records, which are run once."""
+        behind = prefixed_records(records, shots, self.max_length, keep=self.kept(records))
+        return completion_log_probs(
+            self.model, behind, model_map=self.model_map, batch_tokens=self.settings.batch_tokens
+        )
+
+    def kept(self, records: Sequence[TokenRecord]) -> int:
+        """How many tokens open every record: a beginning-of-sequence token, or none."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        return int(bos is not None and all(record.ids[0] == bos for record in records))
+
+    @cached_property
+    def blind(self) -> BlindView:
+        """The blind test of records against control, run once."""
+        groups: dict[str, Any] = {
+            "clusters": self.clusters(),
+            "other_clusters": self.clusters("control"),
+            "seed": self.seed,
+        }
+        if self.task == "image_classification":
+            pixels = [[cast("ImageRecord", r).pixels.numpy() for r in self.records(role)] for role in ROLES]
+            found = blind_images(pixels[0], pixels[1], **groups)
+        else:
+            found = blind_test(self.strings(), self.strings("control"), **groups)
+        return BlindView(found, found.status == "confounded", found.reason)
+
+    def halves(self, role: str = "control") -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers of two random halves of a set, clusters kept together."""
+        groups = [group if group is not None else f"{i}" for i, group in enumerate(self.clusters(role))]
+        names = list(dict.fromkeys(groups))
+        order = np.random.default_rng([self.seed, 7]).permutation(len(names))
+        first = {names[int(i)] for i in order[: len(names) // 2]}
+        side = np.array([group in first for group in groups], dtype=bool)
+        return np.flatnonzero(side), np.flatnonzero(~side)
+
+
+def _lowered(record: RawRecord) -> RawRecord:
+    def lower(text: str | None) -> str | None:
+        return text.lower() if text is not None else None
+
+    messages = record.messages and tuple(Message(turn.role, turn.content.lower()) for turn in record.messages)
+    return replace(
+        record,
+        text=lower(record.text),
+        prompt=lower(record.prompt),
+        completion=lower(record.completion),
+        messages=messages,
+    )
+
+
+__all__ = ["Record", "Views"]
