@@ -126,18 +126,26 @@ def lowercase(table: TokenTable, lower: TokenTable) -> Floats:
     return loss(table) - loss(lower)
 
 
-def recall(table: TokenTable, prefixed: TokenTable) -> Floats:
+def recall(table: TokenTable, prefixed: TokenTable | Floats) -> Floats:
     """[R] by which factor never-seen context worsens the loss: a member has more to lose.
 
     Args:
         table: the records.
-        prefixed: the same completions after never-seen records (`prefixed_records`).
+        prefixed: the same completions after never-seen records (`prefixed_records`), or [R] log-probabilities of these
+            completions, as `probes.sharedprefix` gives them without running the context again for every record.
 
     Raises:
-        UsageError: tables of other records.
+        UsageError: tables of other records, or another number of log-probabilities.
     """
-    _same_records(table, prefixed)
-    return (LOSS_FLOOR - loss(prefixed)) / (LOSS_FLOOR - loss(table))
+    if isinstance(prefixed, TokenTable):
+        _same_records(table, prefixed)
+        behind = loss(prefixed)
+    else:
+        totals = _checked(prefixed, "log-probabilities")
+        if len(totals) != len(table.record_ids):
+            raise UsageError(f"expected {len(table.record_ids)} log-probabilities, found {len(totals)}; score again")
+        behind = totals / np.diff(table.offsets)
+    return (LOSS_FLOOR - behind) / (LOSS_FLOOR - loss(table))
 
 
 def con_recall(table: TokenTable, prefixed_non: TokenTable, prefixed_members: TokenTable, gamma: float = 0.5) -> Floats:
