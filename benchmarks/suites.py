@@ -7,6 +7,7 @@ by itself, as `unlearn attack NAME` does, with nothing kept from the others. The
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.subject import Subject
 from probes.records import TokenRecord
@@ -65,7 +68,7 @@ def run(subject: Subject) -> Iterator[Count]:
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows(name, size)))
         for suite, count, goal in (
             ("quick", n, "at most 1.3"),
-            ("standard", max(24, n // 20), "alone at least 5 times"),
+            ("standard", max(24, n // 5), "alone at least 5 times"),
         ):
             yield _suite(subject, folder, suite, count, goal)
 
@@ -78,12 +81,14 @@ def _suite(subject: Subject, folder: Path, suite: str, n: int, goal: str) -> Cou
         sets[name].write_text("\n".join(lines) + "\n")
     tokens = sum(len(record.ids) for path in sets.values() for record in _tokenised(subject, path))
     counter = _Counter(subject)
+    reference = _nearby(subject)
     shared = folder / f"{suite}-shared"
     with counter:
         made = audit(
             subject.model,
             sets["records"],
             control=sets["control"],
+            reference=reference,
             suite=suite,
             tokenizer=subject.tokenizer,
             out=shared,
@@ -102,6 +107,7 @@ def _suite(subject: Subject, folder: Path, suite: str, n: int, goal: str) -> Cou
                     subject.model,
                     records=sets["records"],
                     control=sets["control"],
+                    reference=reference,
                     settings=settings,
                     tokenizer=subject.tokenizer,
                     out=folder / f"alone-{name}",
@@ -141,6 +147,16 @@ class _Counter:
         ids = kwargs.get("input_ids", args[0] if args else None)
         given = ids if ids is not None else kwargs["inputs_embeds"]
         self.tokens += given.shape[0] * given.shape[1]
+
+
+def _nearby(subject: Subject) -> Any:
+    """A reference: the same model with a little noise in one matrix. Its passes are not counted."""
+    other = copy.deepcopy(subject.model)
+    weight = other.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        weight.add_(0.01 * torch.randn(weight.shape, generator=generator).to(weight.device))
+    return other
 
 
 def _defaults(name: str) -> dict[str, Any]:

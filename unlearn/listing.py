@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from unlearn.resources import config_names
 
 KINDS = ("probes", "attacks", "editors", "suites")
 
 
+def _broken(lines: Sequence[str]) -> list[tuple[str, str]]:
+    return [(name, problem) for name, _, problem in (line.partition(": ") for line in lines)]
+
+
 def _probes() -> list[tuple[str, str]]:
+    from unlearn.requests.probes import broken, catalogue
+
     return [
         ("likelihood", "one teacher-forced pass: log p, rank, margin, moments of log p per token"),
         ("figures", "loss, extraction strength, Min-K%, Min-K%++, zlib, p_z from that pass"),
         ("classify", "label probability, margin, loss, entropy of an image classifier"),
         ("fisher", "diagonal Fisher information: batch, example, token, label-free"),
-        ("kfac", "Kronecker-factored curvature: spectra, the cut of an edit, a score per record"),
-        ("spectrum", "eigenvalues, density and trace of the Hessian or Gauss-Newton matrix"),
-        ("localise", "prompt positions, layers and neurons behind a record; influence of training"),
-        ("condition", "condition number, stable and effective rank of every weight matrix"),
+        *((name, probe.what) for name, probe in catalogue().items()),
+        *_broken(broken()),
     ]
 
 
@@ -29,7 +33,7 @@ def _attacks() -> list[tuple[str, str]]:
         (name, f"{attack.access}  {attack.goal}" + ("" if attack.runner else f"  [{attack.reason}]"))
         for name, attack in catalogue().items()
     ]
-    return rows + [(name, problem) for name, _, problem in (line.partition(": ") for line in broken())]
+    return rows + _broken(broken())
 
 
 def _editors() -> list[tuple[str, str]]:

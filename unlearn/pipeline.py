@@ -32,7 +32,7 @@ from unlearn.evidence.measure import Measured, Record, Settings
 from unlearn.probing.run import run_probes
 from unlearn.records import draft
 from unlearn.requests.presets import criteria_digest
-from unlearn.requests.probes import NEEDS
+from unlearn.requests.probes import catalogue as probe_catalogue
 from unlearn.runs.job import ROLES
 from unlearn.workspace import Workspace
 
@@ -130,7 +130,9 @@ class Pipeline(Workspace):
         if "control" not in sets and from_files:
             control = draft.draft_control(self.raw("records"), self.job.options.seed)
             drafted["control"] = self._add(sets, "control", control)
-        needed = self.job.kind == "forget" or any("retain" in NEEDS[p["name"]] for p in self.job.suite["probes"])
+        needed = self.job.kind == "forget" or any(
+            "retain" in probe_catalogue()[p["name"]].needs for p in self.job.suite["probes"]
+        )
         if needed and "retain" not in sets and from_files:
             made = draft.draft_retain(
                 self.loaded("checkpoint").model,

@@ -51,6 +51,8 @@ class Workspace:
         self._checkpoints: dict[str, Checkpoint] = {}
         self._loaded: tuple[str, Loaded] | None = None
         self._sets: dict[str, list[Record]] | None = None
+        self._tokenizer: Any = None
+        self._checked: set[str] = set()
         self.progress: Progress = lambda done, total: None
 
     def stage(self, name: str, work: Callable[[], None]) -> None:
@@ -136,6 +138,12 @@ class Workspace:
         self.run.write_json("inputs/config.json", resolved)
         self.run.write_json("inputs/environment.json", environment(self.device))
 
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, loaded once: attacks tokenise thousands of short texts."""
+        if self._tokenizer is None:
+            self._tokenizer = self.checkpoint("checkpoint").load_tokenizer()
+        return self._tokenizer
+
     # -- record sets -----------------------------------------------------------------------------------------------
 
     def freeze(self) -> None:
@@ -147,6 +155,10 @@ class Workspace:
         """
         for what, given in self.job.inputs.items():
             self.run.event("input.read", what=what, sha256="sha256:" + file_sha256(Path(given["location"])))
+        if "canaries" in self.job.inputs:
+            self.canaries()  # a mistake in it should not wait until its attack
+        if "candidates" in self.job.inputs:
+            self.candidates()
         located = {role: source.location for role, source in self.job.sources.items()}
         located |= {what: given["location"] for what, given in self.job.inputs.items()}
         for role, expected in self.job.sha256.items():
@@ -228,14 +240,31 @@ class Workspace:
 
     def canaries(self) -> list[Canary]:
         """Planted secrets, where the run has a file of them."""
-        return read_canaries(self.job.inputs["canaries"]["location"])
+        return read_canaries(self._unchanged("canaries"))
 
     def candidates(self) -> dict[str, list[str]]:
         """Candidates for an attribute, by record id."""
-        return read_candidates(self.job.inputs["candidates"]["location"])
+        return read_candidates(self._unchanged("candidates"))
+
+    def _unchanged(self, what: str) -> str:
+        """Where a further input lies, once it is known to be the one that the run began with.
+
+        Raises:
+            IntegrityError: the file has changed.
+            UsageError: the file is gone.
+        """
+        location = str(self.job.inputs[what]["location"])
+        if what not in self._checked:
+            if not Path(location).is_file():
+                raise UsageError(f"expected the file of {what} that the run began with, found none; put it back")
+            if self.run.input_digest(what) != "sha256:" + file_sha256(Path(location)):
+                raise IntegrityError(f"expected the {what} that the run began with, found another file; was it changed?")
+            self._checked.add(what)
+        return location
 
     def corpus(self) -> list[RawRecord]:
         """The corpus that near-duplicates are looked for in; it is read where it lies and not copied."""
+        self._unchanged("corpus")
         source = Source(**self.job.inputs["corpus"])
         return read_records(source.location, role="corpus", fmt=source.format())
 
@@ -263,7 +292,7 @@ class Workspace:
             return list(images(raw, checkpoint.image_processor(), labels))
         if any(record.form == "image" for record in raw):
             raise UsageError(f"expected text records in {role} for a language model, found images")
-        tokenizer = None if all(record.form == "ids" for record in raw) else checkpoint.load_tokenizer()
+        tokenizer = None if all(record.form == "ids" for record in raw) else self.tokenizer()
         limit = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
         source = self.job.sources.get(role) or self.job.sources.get("records")
         return list(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from probes.errors import UsageError
-from unlearn.attacking.run import run_attacks
+from unlearn.attacking.run import run_attacks, size_of
 from unlearn.pipeline import Pipeline
 from unlearn.requests.attacks import NEEDS, catalogue
 from unlearn.runs.job import ROLES
@@ -50,7 +50,8 @@ class AttackRun(Pipeline):
         self.describe_run(suite=self.job.suite, settings=self.settings().as_dict())
 
     def _attack(self) -> None:
-        if self.sets().get("records"):
+        (entry,) = self.job.suite["attacks"]
+        if self.sets().get("records") and "pass" in catalogue()[entry["name"]].cost(entry, size_of(self)):
             self._measure("before", "checkpoint", ROLES)
             return
         rows = run_attacks(self, "before", "checkpoint", None, self.settings())

@@ -19,6 +19,7 @@ from probes.statistics import Estimate, OperatingPoint, auc
 from unlearn.attacking.result import Result, as_figure, line, point
 from unlearn.attacking.views import Views
 
+REFERENCE = ("reference", "windows", "rmia")
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray]  # scores of records, of controls, and which controls those are
 
 
@@ -74,8 +75,9 @@ def score(views: Views, settings: dict[str, Any]) -> Result:
 def flagged(views: Views, settings: dict[str, Any]) -> Result:
     """Conformal p-values against the control set, with Benjamini-Hochberg."""
     name = settings["score"] or ("reference" if views.has_reference else "loss")
-    pos, neg, _ = _scores(views, name, {})
-    found = flag(pos, neg, q=settings["q"], clusters=views.clusters("control"), seed=views.seed)
+    pos, neg, controls = _scores(views, name, {})
+    groups = views.clusters("control")
+    found = flag(pos, neg, q=settings["q"], clusters=[groups[int(i)] for i in controls], seed=views.seed)
     result = Result(headline="flagged", column="hit")
     title = f"flagged as members, false discoveries at most {settings['q']:.0%} (score: {name})"
     if found.status != "ok":
@@ -176,6 +178,8 @@ def _inputs(views: Views, role: str) -> scores.Inputs:
 
 def _scores(views: Views, name: str, settings: dict[str, Any]) -> Pair:
     """Scores of the records and of the controls that are scored."""
+    if name in REFERENCE and not views.has_reference:
+        raise UsageError("it needs a reference that never held the records")
     everyone = np.arange(len(views.records("control")))
     if name == "gradient_norm":
         pair = [
@@ -208,7 +212,7 @@ def _scores(views: Views, name: str, settings: dict[str, Any]) -> Pair:
 
 def _rmia(views: Views, settings: dict[str, Any]) -> Pair:
     """One half of the control set is the population, the other is scored."""
-    population, scored = views.halves()
+    population, scored = _population(views)
     options = {"a": settings.get("a", 0.3), "gamma": settings.get("gamma", 1.0)}
     mine, ref = views.table(), views.reference("records")
     never, never_ref = views.table("control"), views.reference("control")
@@ -216,6 +220,13 @@ def _rmia(views: Views, settings: dict[str, Any]) -> Pair:
     pos = scores.rmia(mine, ref, *crowd, **options)
     neg = scores.rmia(views.rows(never, scored), views.rows(never_ref, scored), *crowd, **options)
     return pos, neg, scored
+
+
+def _population(views: Views) -> tuple[np.ndarray, np.ndarray]:
+    population, scored = views.halves()
+    if not len(population) or not len(scored):
+        raise UsageError("expected at least two independent never-seen records, found fewer; give a larger control set")
+    return population, scored
 
 
 def _recall(views: Views, settings: dict[str, Any]) -> Pair:
@@ -241,13 +252,15 @@ def _image_scores(views: Views, name: str, settings: dict[str, Any]) -> Pair:
         if name == "reference":
             pair = [scores.reference(log_p[role], ref[role]) for role in ("records", "control")]
             return pair[0], pair[1], everyone
-        population, scored = views.halves()
+        population, scored = _population(views)
         crowd = log_p["control"][population], ref["control"][population]
         options = {"a": settings.get("a", 0.3), "gamma": settings.get("gamma", 1.0)}
         pos = scores.rmia(log_p["records"], ref["records"], *crowd, **options)
         neg = scores.rmia(log_p["control"][scored], ref["control"][scored], *crowd, **options)
         return pos, neg, scored
     found = {role: scores.image_scores(views.frame(role)) for role in ("records", "control")}
+    if name not in found["records"]:
+        raise UsageError("expected a membership score of this installation, found another name")
     return found["records"][name], found["control"][name], everyone
 
 

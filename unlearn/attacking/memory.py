@@ -9,6 +9,7 @@ import numpy as np
 
 from attacks.counterfactual import counterfactual as estimate
 from attacks.counterfactual import fine_tune, performance
+from probes.errors import UsageError
 from probes.memory.bits import bits as learned_bits
 from probes.memory.bits import parameter_count, uniform_prior
 from probes.memory.recognition import memory
@@ -47,6 +48,8 @@ def recognition(views: Views, settings: dict[str, Any]) -> Result:
 def bits(views: Views, settings: dict[str, Any]) -> Result:
     """Learned bits of each record and per parameter of the model."""
     result = Result(headline="per_record", column="learned_bits", bounds=None)
+    if settings["prior"] == "reference" and not views.has_reference:
+        raise UsageError("it needs a reference that never held the records")
     parameters = parameter_count(views.model)
     for role, target, columns in (
         ("records", result.figures, result.records),
@@ -54,7 +57,7 @@ def bits(views: Views, settings: dict[str, Any]) -> Result:
     ):
         if not views.has(role):
             continue
-        if settings["prior"] == "reference" and views.has_reference:
+        if settings["prior"] == "reference":
             prior: Any = views.reference(role)
         else:
             prior = uniform_prior(views.table(role), views.model_map.vocab_size)
@@ -72,9 +75,7 @@ def bits(views: Views, settings: dict[str, Any]) -> Result:
         "total": "learned bits of all records",
         "per_parameter": "learned bits per parameter of the model",
     }
-    prior_words = (
-        "the reference" if settings["prior"] == "reference" and views.has_reference else "equal odds for every token"
-    )
+    prior_words = "the reference" if settings["prior"] == "reference" else "equal odds for every token"
     result.notes.append(
         f"Against {prior_words}. Knowing the language counts as learned too; the difference to never-seen records, or "
         "between two models, is about the records."

@@ -11,6 +11,7 @@ from probes.likelihood import SamplingScheme
 from probes.records import TokenRecord
 from unlearn.attacking.result import Result, as_figure, point
 from unlearn.attacking.views import ROLES, Views
+from unlearn.records.expand import text_of
 from unlearn.records.raw import RawRecord
 
 TOP_K = (1, 5, 10)
@@ -19,7 +20,7 @@ TOP_K = (1, 5, 10)
 def extraction(views: Views, settings: dict[str, Any]) -> Result:
     """Values of the records that stand in free samples."""
     drawn = views.samples(settings["n"], settings["length"], SamplingScheme(top_k=40))
-    texts = {role: [_whole(record) for record in views.raw(role) or []] for role in ROLES if views.has(role)}
+    texts = {role: [text_of(record) for record in views.raw(role) or []] for role in ROLES if views.has(role)}
     found = games.extraction(
         views.decode(drawn),
         texts["records"],
@@ -50,6 +51,7 @@ def extraction(views: Views, settings: dict[str, Any]) -> Result:
             "rows": found.by_kind.to_numpy().tolist(),
         }
     )
+    result.generated = sum(map(len, drawn))
     result.notes.append("Values are found by patterns with check digits; names and addresses are not looked for.")
     return result
 
@@ -98,7 +100,7 @@ def inference(views: Views, settings: dict[str, Any]) -> Result:
         if candidates is None:
             continue
         unknown.discard(record.id)
-        text = _whole(record)
+        text = text_of(record)
         present = [value for value in candidates if value in text]
         if len(present) != 1 or text.index(present[0]) == 0:
             unclear += 1
@@ -128,7 +130,7 @@ def _detected(views: Views, role: str, settings: dict[str, Any]) -> list[Questio
     """A question for every value that is found behind other text."""
     questions = []
     for record in views.raw(role) or []:
-        text = _whole(record)
+        text = text_of(record)
         for span in detectors.find(text, settings["kinds"] or None, settings["patterns"] or None):
             if text[: span.start].strip():
                 questions.append(_question(views, record, text, span.start, span.end, span.kind, ()))
@@ -148,17 +150,8 @@ def _question(
     return Question(f"{name}:{start}", filled, text[start:end], candidates, kind, shown, record.group or record.id)
 
 
-def _whole(record: RawRecord) -> str:
-    """A record as one text; of a conversation, its turns by line."""
-    if record.text is not None:
-        return record.text
-    if record.messages is not None:
-        return "\n".join(turn.content for turn in record.messages)
-    return (record.prompt or "") + (record.completion or "")
-
-
 def _result(found: Game, word: str) -> Result:
-    result = Result(headline="top_1", bounds=None)
+    result = Result(headline="top_1", bounds=None, generated=found.generated_tokens)
     for k, share in found.top_k.items():
         result.titles[f"top_{k}"] = f"{word} among the first {k}, questions without a surface cue"
         result.figures[f"top_{k}"] = as_figure(share, "share")

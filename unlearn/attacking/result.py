@@ -42,6 +42,7 @@ class Result:
         pvalue: of a test that the records do not stand out, for Holm's adjustment among membership scores.
         bounds: range of one record's value in `column`.
         private: what belongs into the private folder: lines with text.
+        generated: tokens that were generated.
     """
 
     headline: str | None = None
@@ -58,6 +59,7 @@ class Result:
     pvalue: float | None = None
     bounds: tuple[float, float] | None = (0.0, 1.0)
     private: list[dict[str, Any]] = field(default_factory=list)
+    generated: int = 0
 
     def rate(
         self,
@@ -106,7 +108,7 @@ class Result:
             "settings": {key: value for key, value in settings.items() if key != "name"},
             "status": "run",
             "reason": None,
-            "headline": self.headline if self.headline in self.figures else None,
+            "headline": self.headline if self.headline in (*self.figures, *self.not_resolvable) else None,
             "figures": self.figures,
             "control": self.control,
             "titles": self.titles,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from probes import statistics
@@ -82,6 +83,10 @@ def run_attacks(
     views = Views(workspace, stage, which, measured, settings)
     entries = workspace.job.suite["attacks"]
     reasons, size = _planned(views), size_of(workspace)
+    if workspace.job.kind == "attack" and stage == "before":
+        for name, reason in reasons.items():
+            if reason:
+                raise UsageError(f"expected what {name} needs to run, found that it cannot: {reason}")
     found: dict[str, Result] = {}
     for number, entry in enumerate(entries):
         name = entry["name"]
@@ -126,7 +131,10 @@ def _call(declaration: Declaration, views: Views, entry: dict[str, Any]) -> Resu
     module, _, attribute = declaration.runner.partition(":")
     try:
         runner: Runner = getattr(import_module(module), attribute)
-        return runner(views, entry)
+        result = runner(views, entry)
+        if declaration.name not in _OWN:
+            _check(result, views)
+        return result
     except (UsageError, UnsupportedError, ResourceError):
         raise
     except Exception as error:
@@ -134,6 +142,23 @@ def _call(declaration: Declaration, views: Views, entry: dict[str, Any]) -> Resu
             raise
         # another package's mistake does not end an audit; its words may quote a record, so they are not shown
         raise UnsupportedError(f"the package that brings this attack failed ({type(error).__name__})") from None
+
+
+def _check(result: Any, views: Views) -> None:
+    """Refuse what another package returns that would break a run, or put text outside its private folder."""
+    if not isinstance(result, Result):
+        raise TypeError("no Result")
+    for role, columns in (("records", result.records), ("control", result.controls)):
+        for values in columns.values():
+            if len(values) != len(views.records(role)):
+                raise ValueError("columns of another length than the set")
+            if any(
+                value is not None and not isinstance(value, (bool, int, float, np.number, np.bool_)) for value in values
+            ):
+                raise TypeError("columns of something else than numbers")
+    keys = {"value", "unit", "n", "ci_low", "ci_high", "ci_level", "direction"}
+    if any(set(figure) != keys for figure in (*result.figures.values(), *result.control.values())):
+        raise ValueError("figures with other keys")
 
 
 def _row(declaration: Declaration, reason: str | None, found: dict[str, Result], task: str) -> dict[str, Any]:
@@ -170,9 +195,15 @@ def _write(
     adjusted = dict(zip(tested, statistics.holm(list(tested.values())), strict=True)) if tested else {}
     for name, result in found.items():
         cost = catalogue()[name].cost(entries[name], size)
-        member = name.startswith("membership.") and name != "membership.blind"
+        member = name.startswith("membership.") and name != "membership.blind" and views.has("control")
         confounded = views.blind.statement if member and views.blind.confounded else None
-        document = result.document(name, entries[name], {"passes": sum(cost.values())}, confounded)
+        declaration = catalogue()[name]
+        spent = {
+            "passes": sum(cost.values()),
+            "generated_tokens": result.generated,
+            "reference_passes": float("reference" in declaration.needs),
+        }
+        document = result.document(name, entries[name], spent, confounded)
         run.write_json(f"{stage}/attacks/{name}.json", document | {"pvalue_holm": adjusted.get(name)})
         if result.private:
             run.write_jsonl(f"private/attacks/{stage}-{name}.jsonl", result.private)

@@ -40,7 +40,7 @@ def extraction(views: Views, settings: dict[str, Any]) -> Result:
         disjoint_clusters=views.clusters("control"),
         seed=views.seed,
     )
-    result = Result(private=[{"text": text} for text in texts])
+    result = Result(private=[{"text": text} for text in texts], generated=sum(map(len, drawn)))
     for name, hits in (("edit", found.edit), ("cosine", found.cosine)):
         _add(result, name, hits)
         result.records[f"{name}_similarity"] = found.frame["edit_similarity" if name == "edit" else name].tolist()

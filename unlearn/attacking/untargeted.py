@@ -58,6 +58,7 @@ def sampling(views: Views, settings: dict[str, Any]) -> Result:
         result.notes.append(
             f"{held['records'].too_short} records are too short to be told from chance and were not looked for."
         )
+    result.generated = sum(map(len, drawn))
     result.notes.append("Samples were searched for the records given, not for everything else the model may hold.")
     return result
 

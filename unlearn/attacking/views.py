@@ -86,7 +86,7 @@ class Views:
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, or None where there is none."""
         try:
-            return self.workspace.checkpoint("checkpoint").load_tokenizer()
+            return self.workspace.tokenizer()
         except UsageError:
             return None
 
@@ -127,20 +127,25 @@ class Views:
         )
 
     def frame(self, role: str = "records") -> pd.DataFrame:
-        """Per-record figures of the one pass."""
-        assert self._measured is not None
-        return self._measured.tables[role] if role in self._measured.tables else pd.DataFrame()
+        """Per-record figures of the one pass; empty where there is no such set."""
+        return self._one_pass.tables.get(role, pd.DataFrame())
 
     def table(self, role: str = "records") -> TokenTable:
         """The per-token table of the one pass."""
-        assert self._measured is not None
-        return self._measured.tokens[role]
+        return self._one_pass.tokens[role]
+
+    @property
+    def _one_pass(self) -> Measured:
+        if self._measured is None:
+            raise UsageError(
+                "expected an attack that reads the one pass to name `pass` in its cost, found one that does not"
+            )
+        return self._measured
 
     @property
     def noise(self) -> float:
         """Logit margin below which a greedy verdict is uncertain."""
-        assert self._measured is not None
-        return float(self._measured.engine.get("logit_noise", 0.0))
+        return float(self._one_pass.engine.get("logit_noise", 0.0))
 
     def raw(self, role: str) -> list[RawRecord] | None:
         """Records with their text; None where they came as token ids or images."""
@@ -282,8 +287,15 @@ class Views:
         )
 
     def prefixed(self, records: Sequence[TokenRecord], shots: Sequence[TokenRecord]) -> np.ndarray:
-        """[R] log-probabilities of completions behind other records, which are run once."""
-        behind = prefixed_records(records, shots, self.max_length, keep=self.kept(records))
+        """[R] log-probabilities of completions behind other records, which are run once.
+
+        Shots that do not fit before the longest record are left out, so that all records share what stands before them.
+        """
+        room = self.max_length - max(len(record.ids) for record in records)
+        fitting = list(shots)
+        while len(fitting) > 1 and sum(len(shot.ids) for shot in fitting) > room:
+            fitting.pop(0)
+        behind = prefixed_records(records, fitting, self.max_length, keep=self.kept(records))
         return completion_log_probs(
             self.model, behind, model_map=self.model_map, batch_tokens=self.settings.batch_tokens
         )

@@ -11,26 +11,19 @@ from typing import Any
 
 from probes.errors import UnsupportedError, UsageError
 from unlearn import reporting
-from unlearn.requests.probes import NEEDS
+from unlearn.requests.probes import catalogue
 from unlearn.workspace import Workspace
 
 SCHEMA = "unlearn.probe/v1"
 Settings = dict[str, Any]
 Runner = Callable[[Workspace, Settings], dict[str, Any]]
 
-# Where the function that runs a probe lives; each takes the workspace and the probe's checked settings.
-RUNNERS = {
-    "kfac": "unlearn.probing.kfac:run",
-    "spectrum": "unlearn.probing.spectrum:run",
-    "localise": "unlearn.probing.localise:run",
-    "condition": "unlearn.probing.condition:run",
-}
 NAMES = {"retain": "data whose behaviour should stay (a retain set)", "records": "records"}
 
 
 def missing(name: str, roles: set[str]) -> str | None:
     """What a probe lacks among these record sets, in words; None if nothing."""
-    lacking = [NAMES[role] for role in NEEDS[name] if role not in roles]
+    lacking = [NAMES[role] for role in catalogue()[name].needs if role not in roles]
     return f"it needs {' and '.join(lacking)}" if lacking else None
 
 
@@ -48,7 +41,7 @@ def run_probes(workspace: Workspace) -> list[str]:
         if reason := missing(name, roles):
             notes.append(f"The probe {name} was not run: {reason}.")
             continue
-        module, _, attribute = RUNNERS[name].partition(":")
+        module, _, attribute = catalogue()[name].runner.partition(":")
         runner: Runner = getattr(import_module(module), attribute)
         try:
             found = runner(workspace, settings)

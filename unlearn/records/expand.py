@@ -36,8 +36,8 @@ class Expanded:
 
 
 def text_of(record: RawRecord) -> str:
-    """All text of a record."""
-    return " ".join(texts_of(record))
+    """A record as one text; of a conversation, its turns by line."""
+    return ("\n" if record.messages is not None else "").join(texts_of(record))
 
 
 def expand(
@@ -79,8 +79,12 @@ def expand(
     grouped = [
         replace(record, group=names[cluster]) for record, cluster in zip(raw, found.record_clusters, strict=True)
     ]
-    added = [
-        replace(corpus[item], id=f"near-duplicate:{corpus[item].id}", group=names[found.corpus_clusters[item]])
-        for item in uncovered
-    ]
+    taken = {record.id for record in raw}
+    added = []
+    for item in uncovered:
+        name = f"near-duplicate:{corpus[item].id}"
+        while name in taken:
+            name += "'"
+        taken.add(name)
+        added.append(replace(corpus[item], id=name, group=names[found.corpus_clusters[item]]))
     return Expanded([*grouped, *added], found.corpus_size, len(uncovered), len(added), records)

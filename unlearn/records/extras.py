@@ -34,7 +34,12 @@ def read_canaries(path: str | Path) -> list[Canary]:
     Raises:
         UsageError: with every mistake, by line.
     """
-    return [Canary(**row) for row in _rows(path, "canaries", {"id": str, "prompt": str, "format": str, "secret": str})]
+    rows = _rows(path, "canaries", {"id": str, "prompt": str, "format": str, "secret": str})
+    found = [Canary(**row) for row in rows]
+    different = {(canary.prompt, canary.format, canary.secret) for canary in found}
+    if again := len(found) - len(different):
+        raise UsageError(f"expected different canaries, found {again} that repeat an earlier one under another id")
+    return found
 
 
 def read_candidates(path: str | Path) -> dict[str, list[str]]:
@@ -61,7 +66,7 @@ def _rows(path: str | Path, what: str, fields: dict[str, type]) -> list[dict[str
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if problem := _problem(row, fields, seen):
             mistakes.add(source.name, number, problem)

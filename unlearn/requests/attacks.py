@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, Field, StrictBool, StrictInt, StringConstraints, create_model
+from pydantic import AfterValidator, Field, StrictBool, StrictInt
 
 from probes.errors import UsageError
 from unlearn.mistakes import Mistakes
+from unlearn.requests.plugins import entry, others
 from unlearn.requests.yamlfile import Document, Schema, parse
 
 GROUP = "unlearn.attacks"
@@ -32,7 +32,6 @@ PLANNED = "not part of this version"
 Number = Annotated[float, Field(strict=True)]
 Share = Annotated[float, Field(strict=True, gt=0, lt=1)]
 Count = Annotated[StrictInt, Field(ge=1)]
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_.]*$")]
 
 # What an attack may need, in words for "not run: it needs ...".
 NEEDS = {
@@ -693,59 +692,40 @@ BUILT_IN = (
 
 
 @cache
+def _others() -> tuple[dict[str, Declaration], dict[str, str]]:
+    found, wrong = others(GROUP, Declaration, {declaration.name for declaration in BUILT_IN})
+    for name, declaration in list(found.items()):
+        try:
+            sum(declaration.cost(declaration.settings().model_dump(mode="json"), Size(1)).values())
+        except Exception as error:
+            wrong[name] = f"cannot say what it costs ({type(error).__name__})"
+            del found[name]
+    return found, wrong
+
+
+@cache
 def catalogue() -> Mapping[str, Declaration]:
     """Every attack of this installation by name: the built-in ones, then those of other packages.
 
     A package that cannot be loaded, or that takes a name already in use, is left out; `broken` says so.
     """
-    found = {declaration.name: declaration for declaration in BUILT_IN}
-    for name, declared in _others().items():
-        if isinstance(declared, Declaration):
-            found[name] = declared
-    return found
+    return {declaration.name: declaration for declaration in BUILT_IN} | _others()[0]
 
 
-@cache
 def broken() -> tuple[str, ...]:
     """One line for each entry point that is no attack, or cannot be loaded."""
-    return tuple(
-        f"{name}: {problem}" for name, problem in sorted(_others().items()) if not isinstance(problem, Declaration)
-    )
+    return tuple(f"{name}: {problem}" for name, problem in sorted(_others()[1].items()))
 
 
-@cache
-def _others() -> dict[str, Declaration | str]:
-    found: dict[str, Declaration | str] = {}
-    names = {declaration.name for declaration in BUILT_IN}
-    for point in entry_points(group=GROUP):
-        try:
-            declared = point.load()
-        except Exception as error:  # another package's code may raise anything
-            found[point.name] = f"cannot be loaded ({type(error).__name__})"
-            continue
-        if not isinstance(declared, Declaration):
-            found[point.name] = "is no unlearn.requests.attacks.Declaration"
-        elif declared.name != point.name or declared.name in names:
-            found[point.name] = "has another name than its entry point, or one that is taken"
-        else:
-            found[declared.name] = declared
-    return found
-
-
-def _entry(declaration: Declaration) -> type[Schema]:
-    """The schema of a suite's entry: the settings and the name that chooses them."""
-    name: Any = (Literal[declaration.name], declaration.name)
-    made: type[Schema] = create_model(f"Entry_{declaration.name}", __base__=declaration.settings, name=name)
-    return made
-
-
-ENTRIES: dict[str, type[Schema]] = {name: _entry(declaration) for name, declaration in catalogue().items()}
+ENTRIES: dict[str, type[Schema]] = {
+    name: entry(name, declaration.settings) for name, declaration in catalogue().items()
+}
 
 
 def _each_once(entries: tuple[Any, ...]) -> tuple[Any, ...]:
     if not entries:
         raise ValueError("expected at least one entry, found none")
-    if len({entry.name for entry in entries}) < len(entries):
+    if len({one.name for one in entries}) < len(entries):
         raise ValueError("expected a different name in each entry, found one twice")
     return entries
 
@@ -778,8 +758,8 @@ def passes(entries: list[dict[str, Any]], size: Size) -> tuple[float, float]:
     """Forward passes of the audited model per record: with passes shared, and with each attack run alone."""
     shared: dict[str, float] = {}
     alone = 0.0
-    for entry in entries:
-        cost = catalogue()[entry["name"]].cost(entry, size)
+    for one in entries:
+        cost = catalogue()[one["name"]].cost(one, size)
         alone += sum(cost.values())
         for view, amount in cost.items():
             shared[view] = max(shared.get(view, 0.0), amount)
@@ -799,11 +779,11 @@ def within(entries: list[dict[str, Any]], size: Size, budget: float | None) -> d
     """
     left: dict[str, float] = {}
     taken: list[dict[str, Any]] = []
-    for entry in entries:
+    for one in entries:
         before = passes(taken, size)[0]
-        after = passes([*taken, entry], size)[0]
+        after = passes([*taken, one], size)[0]
         if budget is not None and after > budget and after > before:
-            left[entry["name"]] = after - before
+            left[one["name"]] = after - before
         else:
-            taken.append(entry)
+            taken.append(one)
     return left

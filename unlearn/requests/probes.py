@@ -1,19 +1,25 @@
 """What a probe run is asked for: the settings of each probe, as a suite writes them and the command line fills them in.
 
-Checked without a model library; the defaults are the settings of `unlearn probe`.
+Checked without a model library; the defaults are the settings of `unlearn probe`. Installed packages add probes through
+the entry-point group `unlearn.probes`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import AfterValidator, BeforeValidator, Field, StrictInt
 
 from probes.errors import UsageError
 from unlearn.mistakes import Mistakes
+from unlearn.requests.plugins import entry, others
 from unlearn.requests.yamlfile import Document, Schema, parse
 
+GROUP = "unlearn.probes"
 Count = Annotated[StrictInt, Field(ge=1)]
 
 
@@ -54,7 +60,6 @@ class KfacProbe(Schema):
         memory_mb: memory for the factors; modules that do not fit together take further passes.
     """
 
-    name: Literal["kfac"] = "kfac"
     blocks: Annotated[Literal["auto", "all"] | tuple[int, ...], _blocks("auto", "all")] = "auto"
     roles: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
@@ -81,7 +86,6 @@ class SpectrumProbe(Schema):
         memory_mb: for the Lanczos vectors.
     """
 
-    name: Literal["spectrum"] = "spectrum"
     operator: Literal["ggn", "hessian"] = "ggn"
     blocks: Annotated[Literal["model", "all"] | tuple[int, ...], _blocks("model", "all")] = (-1,)
     k: Count = 5
@@ -103,7 +107,6 @@ class LocaliseProbe(Schema):
         influence: how many training records are listed, where a training set is given.
     """
 
-    name: Literal["localise"] = "localise"
     records: Count = 8
     steps: Annotated[StrictInt, Field(ge=2)] = 32
     neurons: Count = 20
@@ -114,19 +117,71 @@ class LocaliseProbe(Schema):
 class ConditionProbe(Schema):
     """Condition number, stable and effective rank of every weight matrix; needs no data."""
 
-    name: Literal["condition"] = "condition"
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """One probe.
+
+    Attributes:
+        name: as suites and the command line write it.
+        what: one line.
+        runner: `module:function`; it takes the workspace and the settings and returns the result.
+        settings: their schema; defaults fill in what a suite leaves out.
+        needs: record sets it cannot do without, among `retain` (ordinary data) and `records`.
+    """
+
+    name: str
+    what: str
+    runner: str
+    settings: type[Schema]
+    needs: tuple[str, ...] = ()
 
 
-Probe = Annotated[KfacProbe | SpectrumProbe | LocaliseProbe | ConditionProbe, Field(discriminator="name")]
-PROBES: dict[str, type[Schema]] = {
-    "kfac": KfacProbe,
-    "spectrum": SpectrumProbe,
-    "localise": LocaliseProbe,
-    "condition": ConditionProbe,
-}
-# The record sets a probe cannot do without, and those it uses where they are given.
-NEEDS = {"kfac": ("retain",), "spectrum": ("retain",), "localise": ("records",), "condition": ()}
-USES = {"kfac": ("records", "control"), "spectrum": (), "localise": ("retain", "training"), "condition": ()}
+BUILT_IN = (
+    Declaration(
+        "kfac",
+        "Kronecker-factored curvature: spectra, the cut of an edit, a score per record",
+        "unlearn.probing.kfac:run",
+        KfacProbe,
+        ("retain",),
+    ),
+    Declaration(
+        "spectrum",
+        "eigenvalues, density and trace of the Hessian or Gauss-Newton matrix",
+        "unlearn.probing.spectrum:run",
+        SpectrumProbe,
+        ("retain",),
+    ),
+    Declaration(
+        "localise",
+        "prompt positions, layers and neurons behind a record; influence of training",
+        "unlearn.probing.localise:run",
+        LocaliseProbe,
+        ("records",),
+    ),
+    Declaration(
+        "condition",
+        "condition number, stable and effective rank of every weight matrix",
+        "unlearn.probing.condition:run",
+        ConditionProbe,
+    ),
+)
+
+
+@cache
+def _others() -> tuple[dict[str, Declaration], dict[str, str]]:
+    return others(GROUP, Declaration, {declaration.name for declaration in BUILT_IN})
+
+
+@cache
+def catalogue() -> Mapping[str, Declaration]:
+    """Every probe of this installation by name: the built-in ones, then those of other packages."""
+    return {declaration.name: declaration for declaration in BUILT_IN} | _others()[0]
+
+
+def broken() -> tuple[str, ...]:
+    """One line for each entry point that is no probe, or cannot be loaded."""
+    return tuple(f"{name}: {problem}" for name, problem in sorted(_others()[1].items()))
 
 
 def once_each(probes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -140,7 +195,15 @@ def once_each(probes: tuple[Any, ...]) -> tuple[Any, ...]:
     return probes
 
 
-Probes = Annotated[tuple[Probe, ...], AfterValidator(once_each)]
+ENTRIES = {name: entry(name, declaration.settings) for name, declaration in catalogue().items()}
+
+if TYPE_CHECKING:
+    Probes = tuple[Any, ...]
+else:
+    Probes = Annotated[
+        tuple[Annotated[Union[tuple(ENTRIES.values())], Field(discriminator="name")], ...],  # noqa: UP007
+        AfterValidator(once_each),
+    ]
 
 
 def probe_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +212,9 @@ def probe_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: an unknown probe, or every mistake in its settings.
     """
-    if name not in PROBES:
-        raise UsageError(f"expected a probe among {', '.join(PROBES)}, found another name; see `unlearn ls probes`")
+    if name not in catalogue():
+        raise UsageError(
+            f"expected a probe among {', '.join(catalogue())}, found another name; see `unlearn ls probes`"
+        )
     document = Document(name, Path(), {"name": name} | settings, {}, Mistakes(name))
-    return parse(document, PROBES[name]).model_dump(mode="json")
+    return parse(document, ENTRIES[name]).model_dump(mode="json")

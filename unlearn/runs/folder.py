@@ -158,6 +158,11 @@ class RunFolder:
         """Data of the newest event of that name."""
         return next((event["data"] for event in reversed(self._events) if event["event"] == name), None)
 
+    def input_digest(self, what: str) -> str | None:
+        """The digest of a further input, as it was noted when the run began."""
+        read = [event["data"] for event in self._events if event["event"] == "input.read"]
+        return next((data["sha256"] for data in read if data["what"] == what), None)
+
     # -- stages ----------------------------------------------------------------------------------------------------
 
     def done(self, stage: str) -> bool:

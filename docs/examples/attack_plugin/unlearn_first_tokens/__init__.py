@@ -1,0 +1,1 @@
+"""An attack for unlearn-audit, as a package of its own."""
