@@ -27,7 +27,7 @@ NAMES = {
 
 def _number(value: float) -> str:
     """Two digits that matter: four columns with intervals have to fit 80 characters; the report has the rest."""
-    if 0 < abs(value) < 0.005:  # a p-value or a rare event: its size matters, not that it is nearly 0
+    if 1e-6 < abs(value) < 0.005:  # a p-value or a rare event: its size matters, not that it is nearly 0
         return f"{value:.0e}".replace("e-0", "e-")
     if abs(value) < 0.995:
         return f"{value:.2f}".replace("0.", ".", 1)

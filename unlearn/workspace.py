@@ -258,7 +258,9 @@ class Workspace:
             if not Path(location).is_file():
                 raise UsageError(f"expected the file of {what} that the run began with, found none; put it back")
             if self.run.input_digest(what) != "sha256:" + file_sha256(Path(location)):
-                raise IntegrityError(f"expected the {what} that the run began with, found another file; was it changed?")
+                raise IntegrityError(
+                    f"expected the {what} that the run began with, found another file; was it changed?"
+                )
             self._checked.add(what)
         return location
 

@@ -100,6 +100,7 @@ def test_the_template_is_valid(folder: Path) -> None:
 def test_the_template_is_valid_with_every_option_taken(folder: Path) -> None:
     """Every commented key, uncommented; the digests it elides are filled in."""
     digest = hashlib.sha256((folder / "records.jsonl").read_bytes()).hexdigest()
+    (folder / "corpus.jsonl").write_text('{"text": "t"}\n')
     lines = []
     for line in template().splitlines()[3:]:
         head, _, rest = line.partition("# ")

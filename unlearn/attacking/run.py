@@ -95,7 +95,7 @@ def run_attacks(
             try:
                 found[name] = _call(catalogue()[name], views, entry)
             except (UsageError, UnsupportedError, ResourceError) as error:
-                if workspace.job.kind == "attack":
+                if workspace.job.kind == "attack" and stage == "before":
                     raise
                 reasons[name] = " ".join(str(error).splitlines())
     _write(workspace, stage, views, found, {entry["name"]: entry for entry in entries}, size)
@@ -123,7 +123,8 @@ def estimate(workspace: Workspace, settings: Settings) -> str:
     unit = "forward passes a record" if size.records else "forward passes"
     saved = f" ({alone:.1f} if every attack ran alone)" if alone > shared else ""
     cut = f"; {over} over the budget" if over else ""
-    return f"{len(entries)} attacks: at most {shared:.1f} {unit} for each model{saved}{cut}"
+    count = f"{len(entries)} attack{'s' * (len(entries) != 1)}"
+    return f"{count}: at most {shared:.1f} {unit} for each model{saved}{cut}"
 
 
 def _call(declaration: Declaration, views: Views, entry: dict[str, Any]) -> Result:
