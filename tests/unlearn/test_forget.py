@@ -270,7 +270,7 @@ def test_resume_refuses_another_request_a_finished_run_and_changed_evidence(worl
     other.write_text(world.request.read_text().replace("quick", "standard"))
     with pytest.raises(IntegrityError, match="found another"):
         forget(other, resume=tmp_path / "dead")
-    path = tmp_path / "dead/before/metrics.json"
+    path = tmp_path / "dead/inputs/sets.json"
     path.write_text(path.read_text().replace("0", "1"))
     with pytest.raises(IntegrityError, match="missing or changed"):
         forget(world.request, resume=tmp_path / "dead")
