@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import AfterValidator, Field, StrictBool, StrictInt
 
 from probes.errors import UsageError
-from unlearn.mistakes import Mistakes
+from unlearn.mistakes import Mistakes, suggestion
 from unlearn.requests.plugins import entry, others
 from unlearn.requests.yamlfile import Document, Schema, parse
 
@@ -747,7 +747,8 @@ def attack_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """
     declaration = catalogue().get(name)
     if declaration is None:
-        raise UsageError("expected an attack of `unlearn ls attacks`, found another name")
+        near = suggestion(name, catalogue())
+        raise UsageError(f"expected an attack of `unlearn ls attacks`, found another name{near}")
     if declaration.runner is None:
         raise UsageError(f"expected an attack that can run, found one that is {declaration.reason}")
     document = Document(name, Path(), {"name": name} | settings, {}, Mistakes(name))
