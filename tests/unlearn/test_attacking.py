@@ -988,3 +988,13 @@ def test_nothing_of_records_corpus_canaries_and_candidates_leaves_private(
         assert leaks(folder) == [], folder
     private = b"".join(path.read_bytes() for path in (tmp_path / "run-a" / "private").rglob("*.jsonl"))
     assert b"Xjwhistle" in private
+
+
+def test_exposed_canaries_need_fills_enough_for_their_number(world: World, given: Given, tmp_path: Path) -> None:
+    run = api.attack(
+        "exposure.canaries", world.planted, canaries=given.canaries, settings={"n": 20}, out=tmp_path / "run"
+    )
+    found = run.attack("exposure.canaries")
+    assert "take more fills" in found["not_resolvable"]["exposed"]
+    assert found["headline"] == "bits"
+    assert found["figures"]["bits"]["value"] >= 0

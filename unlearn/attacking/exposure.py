@@ -49,7 +49,15 @@ def canaries(views: Views, settings: dict[str, Any]) -> Result:
     adjusted = statistics.holm([one.pvalue for one in found])
     exposed = [bool(p <= settings["level"]) for p in adjusted]
     result = Result(headline="exposed", bounds=None)
-    result.rate("exposed", f"canaries exposed, p at most {settings['level']:g} after Holm", exposed, None)
+    title = f"canaries exposed, p at most {settings['level']:g} after Holm"
+    attainable = len(found) * min(1 / one.size for one in found)
+    if attainable <= settings["level"]:
+        result.rate("exposed", title, exposed, None)
+    else:
+        result.headline, result.titles["exposed"] = "bits", title
+        result.not_resolvable["exposed"] = (
+            f"{len(found)} canaries among so few fills cannot go below p = {attainable:.2g} after Holm; take more fills"
+        )
     result.titles |= {"bits": "mean exposure", "law": "p-value: the ranks look never seen", "fisher": "p-value: Fisher"}
     most = max(one.max_bits for one in found)
     interval = statistics.mean_interval([one.bits for one in found], bounds=(0.0, most), seed=views.seed)
