@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from attacks.membership import scores
-from attacks.membership.blind import propensity_matched
 from attacks.membership.dataset import dataset_inference
 from attacks.membership.evaluate import Membership, evaluate
 from attacks.membership.flagged import flag
@@ -29,7 +28,7 @@ def blind(views: Views, settings: dict[str, Any]) -> Result:
     result = Result(headline="auc", notes=[views.blind.statement])
     _estimate(result, "auc", "AUC of text or image features alone", found.auc)
     if views.blind.confounded:
-        matched = propensity_matched(found, seed=views.seed)
+        matched = views.matched
         if matched.status == "ok":
             result.notes.append(
                 f"{len(matched.members)} pairs of a record and a never-seen record look alike to the blind test; "
@@ -54,7 +53,7 @@ def score(views: Views, settings: dict[str, Any]) -> Result:
     )
     result = _evaluated(found, settings["fprs"])
     if views.blind.confounded:
-        matched = propensity_matched(views.blind.found, seed=views.seed)
+        matched = views.matched
         where = {int(row): place for place, row in enumerate(controls)}
         pairs = [
             (int(m), where[int(o)]) for m, o in zip(matched.members, matched.others, strict=True) if int(o) in where

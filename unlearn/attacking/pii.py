@@ -61,23 +61,11 @@ def reconstruction(views: Views, settings: dict[str, Any]) -> Result:
     questions = _detected(views, "records", settings)
     if not questions:
         raise UsageError("it found no personal data of a known kind in the records, behind other text")
-    found = games.reconstruction(
-        views.model,
-        questions,
-        lambda ids: views.decode([ids])[0],
-        draws=settings["draws"],
-        scheme=SamplingScheme(top_k=settings["top_k"]),
-        patterns=settings["patterns"] or None,
-        top_k=TOP_K,
-        seed=views.seed,
-        model_map=views.model_map,
-        progress=views.progress,
-    )
-    result = _result(found, "reconstructed")
-    if never := _detected(views, "control", settings) if views.has("control") else []:
-        unseen = games.reconstruction(
+
+    def play(chosen: list[Question]) -> Game:
+        return games.reconstruction(
             views.model,
-            never,
+            chosen,
             lambda ids: views.decode([ids])[0],
             draws=settings["draws"],
             scheme=SamplingScheme(top_k=settings["top_k"]),
@@ -87,7 +75,10 @@ def reconstruction(views: Views, settings: dict[str, Any]) -> Result:
             model_map=views.model_map,
             progress=views.progress,
         )
-        result.control |= {f"top_{k}": as_figure(share, "share") for k, share in unseen.top_k.items()}
+
+    result = _result(play(questions), "reconstructed")
+    if never := _detected(views, "control", settings):
+        result.control |= {f"top_{k}": as_figure(share, "share") for k, share in play(never).top_k.items()}
     return result
 
 

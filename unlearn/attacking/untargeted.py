@@ -10,7 +10,7 @@ import pandas as pd
 from attacks.extraction.untargeted import as_records, distinct, lowercased, matches, precision, signals
 from probes.likelihood import SamplingScheme
 from unlearn.attacking.result import Result
-from unlearn.attacking.views import ROLES, Views
+from unlearn.attacking.views import Views
 
 TITLES = {
     "perplexity": "perplexity",
@@ -82,6 +82,3 @@ def _rows(frame: pd.DataFrame) -> list[list[Any]]:
         [None if isinstance(value, float) and not np.isfinite(value) else value for value in row]
         for row in frame.itertuples(index=False)
     ]
-
-
-__all__ = ["ROLES", "sampling"]

@@ -17,7 +17,7 @@ from torch import nn
 
 from attacks.extraction.continuation import continuations
 from attacks.extraction.untargeted import sample
-from attacks.membership.blind import Blind, blind_images, blind_test
+from attacks.membership.blind import Blind, Matched, blind_images, blind_test, propensity_matched
 from attacks.membership.scores import prefixed_records
 from probes.errors import UsageError
 from probes.likelihood import SamplingScheme, TokenTable
@@ -25,7 +25,7 @@ from probes.modelmap import ModelMap
 from probes.records import ImageRecord, TokenRecord
 from probes.sharedprefix import completion_log_probs
 from unlearn.evidence import tokens
-from unlearn.evidence.measure import Loaded, Measured, Progress, Record, Settings, token_table
+from unlearn.evidence.measure import Loaded, Measured, Progress, Settings, token_table
 from unlearn.records.raw import Message, RawRecord
 from unlearn.workspace import Workspace
 
@@ -188,9 +188,9 @@ class Views:
             self._made[key] = make()
         return self._made[key]
 
-    def score(self, records: Sequence[TokenRecord], prefix: Sequence[int] = ()) -> TokenTable:
+    def score(self, records: Sequence[TokenRecord]) -> TokenTable:
         """One pass over other records than those of the run."""
-        return token_table(self.loaded, records, self.settings, prefix=prefix)
+        return token_table(self.loaded, records, self.settings)
 
     def lower(self, role: str) -> TokenTable:
         """The pass over a set in lower case."""
@@ -308,17 +308,19 @@ class Views:
     @cached_property
     def blind(self) -> BlindView:
         """The blind test of records against control, run once."""
-        groups: dict[str, Any] = {
-            "clusters": self.clusters(),
-            "other_clusters": self.clusters("control"),
-            "seed": self.seed,
-        }
+        ours, theirs = self.clusters(), self.clusters("control")
+        groups: dict[str, Any] = {"clusters": ours, "other_clusters": theirs, "seed": self.seed}
         if self.task == "image_classification":
             pixels = [[cast("ImageRecord", r).pixels.numpy() for r in self.records(role)] for role in ROLES]
             found = blind_images(pixels[0], pixels[1], **groups)
         else:
             found = blind_test(self.strings(), self.strings("control"), **groups)
         return BlindView(found, found.status == "confounded", found.reason)
+
+    @cached_property
+    def matched(self) -> Matched:
+        """Pairs of a record and a control record that look alike to the blind test, found once."""
+        return propensity_matched(self.blind.found, seed=self.seed)
 
     def halves(self, role: str = "control") -> tuple[np.ndarray, np.ndarray]:
         """Row numbers of two random halves of a set, clusters kept together."""
@@ -342,6 +344,3 @@ def _lowered(record: RawRecord) -> RawRecord:
         completion=lower(record.completion),
         messages=messages,
     )
-
-
-__all__ = ["Record", "Views"]

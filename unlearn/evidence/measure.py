@@ -193,7 +193,6 @@ def token_table(
     records: Sequence[TokenRecord],
     settings: Settings,
     progress: Progress | None = None,
-    prefix: Sequence[int] = (),
 ) -> likelihood.TokenTable:
     """The one pass over records, from the store where it was made before under the same conditions.
 
@@ -202,9 +201,8 @@ def token_table(
         records: what to score.
         settings: see `Settings`.
         progress: called with (records done, records in all).
-        prefix: token ids that stand before every record; their keys and values are computed once.
     """
-    key = _key(loaded, settings, "tokens", records, prefix=list(prefix))
+    key = _key(loaded, settings, "tokens", records)
     hit = cache.lookup(key, ".npz")
     if hit is not None:
         return tokens.load(hit, records, settings.scheme, settings.schemes)
@@ -217,7 +215,6 @@ def token_table(
         progress=progress,
         batch_tokens=settings.batch_tokens,
         batch_size=settings.batch_size,
-        **({"prefix": prefix} if prefix else {}),
     )
     _keep(key, ".npz", tokens.dump(table))
     return table
