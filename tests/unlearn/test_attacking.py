@@ -998,3 +998,21 @@ def test_exposed_canaries_need_fills_enough_for_their_number(world: World, given
     assert "take more fills" in found["not_resolvable"]["exposed"]
     assert found["headline"] == "bits"
     assert found["figures"]["bits"]["value"] >= 0
+
+
+def test_a_drafted_control_record_is_in_the_cluster_of_its_original(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unlearn.attacking import views
+
+    seen: dict[str, Any] = {}
+    real = views.blind_test
+
+    def blind_test(*texts: Any, **options: Any) -> Any:
+        seen.update(options)
+        return real(*texts, **options)
+
+    monkeypatch.setattr(views, "blind_test", blind_test)
+    api.attack("membership.blind", world.planted, records=world.records, out=tmp_path / "run")
+    assert set(seen["other_clusters"]) <= set(seen["clusters"])
+    assert None not in seen["other_clusters"]

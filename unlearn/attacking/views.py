@@ -308,7 +308,7 @@ class Views:
     @cached_property
     def blind(self) -> BlindView:
         """The blind test of records against control, run once."""
-        ours, theirs = self.clusters(), self.clusters("control")
+        ours, theirs = self.paired_clusters()
         groups: dict[str, Any] = {"clusters": ours, "other_clusters": theirs, "seed": self.seed}
         if self.task == "image_classification":
             pixels = [[cast("ImageRecord", r).pixels.numpy() for r in self.records(role)] for role in ROLES]
