@@ -16,7 +16,10 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from probes import statistics
-from unlearn.evidence.metrics import LEVEL, Figure
+from unlearn.evidence.metrics import LEVEL, Figure, named
+from unlearn.evidence.metrics import interval_figure as as_figure
+
+__all__ = ["Clusters", "Direction", "Result", "as_figure", "frame", "line", "point", "rate"]
 
 SCHEMA = "unlearn.attack/v1"
 Direction = Literal["higher", "lower", "none"]
@@ -124,19 +127,6 @@ class Result:
         }
 
 
-def as_figure(interval: statistics.Interval, unit: str, direction: Direction = "lower") -> Figure:
-    """A report figure from an interval."""
-    return {
-        "value": interval.value,
-        "unit": unit,
-        "n": interval.n,
-        "ci_low": interval.low,
-        "ci_high": interval.high,
-        "ci_level": interval.level,
-        "direction": direction,
-    }
-
-
 def point(value: float, unit: str, n: int, direction: Direction = "lower") -> Figure:
     """A figure without an interval: a count, or a bound that already carries its level."""
     return {
@@ -148,13 +138,6 @@ def point(value: float, unit: str, n: int, direction: Direction = "lower") -> Fi
         "ci_level": None,
         "direction": direction,
     }
-
-
-def named(clusters: Clusters) -> list[str] | None:
-    """Clusters with a name for every record, or None when each stands alone."""
-    if clusters is None or all(group is None for group in clusters):
-        return None
-    return [f"record-{i}" if group is None else str(group) for i, group in enumerate(clusters)]
 
 
 def rate(hits: np.ndarray, clusters: Clusters) -> Figure:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from probes import statistics
 from probes.errors import ResourceError, UnsupportedError, UsageError
-from unlearn.attacking.result import Result, frame
+from unlearn.attacking.result import Result, as_figure, frame
 from unlearn.attacking.views import Views
 from unlearn.evidence.measure import Measured, Settings
 from unlearn.requests.attacks import BUILT_IN, NEEDS, Declaration, Size, catalogue, passes, within
@@ -290,15 +290,4 @@ def _residual(
     )
     if estimate.interval is None:
         return {"status": "not testable", "reason": estimate.reason}
-    interval = estimate.interval
-    return {
-        "value": interval.value,
-        "unit": "share of O - N",
-        "n": interval.n,
-        "ci_low": interval.low,
-        "ci_high": interval.high,
-        "ci_level": interval.level,
-        "direction": "lower",
-        "status": "ok",
-        "reason": None,
-    }
+    return as_figure(estimate.interval, "share of O - N") | {"status": "ok", "reason": None}

@@ -6,6 +6,7 @@ forgetting. Rates get exact intervals, means a bootstrap, both from `probes.stat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,16 +107,26 @@ def values(metric: Metric, frame: pd.DataFrame) -> np.ndarray:
 
 def clusters(frame: pd.DataFrame) -> list[str] | None:
     """Near-duplicate clusters of a table's rows, or None when every record stands alone."""
-    if "group" not in frame or frame["group"].isna().all():
+    return named([None if pd.isna(group) else str(group) for group in frame["group"]]) if "group" in frame else None
+
+
+def named(groups: Sequence[str | None] | None) -> list[str] | None:
+    """Clusters with a name for every record, or None when every record stands alone."""
+    if groups is None or all(group is None for group in groups):
         return None
-    return [f"record-{i}" if pd.isna(group) else str(group) for i, group in enumerate(frame["group"])]
+    return [f"record-{i}" if group is None else str(group) for i, group in enumerate(groups)]
 
 
 def as_figure(interval: statistics.Interval, metric: Metric, direction: str) -> Figure:
+    """A report figure of a metric from an interval."""
+    return interval_figure(interval, metric.unit, direction)
+
+
+def interval_figure(interval: statistics.Interval, unit: str, direction: str = "lower") -> Figure:
     """A report figure from an interval."""
     return {
         "value": interval.value,
-        "unit": metric.unit,
+        "unit": unit,
         "n": interval.n,
         "ci_low": interval.low,
         "ci_high": interval.high,
