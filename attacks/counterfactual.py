@@ -41,8 +41,8 @@ from probes.classify import score_images
 from probes.errors import UsageError
 from probes.figures import record_figures
 from probes.likelihood import Progress, score
-from probes.passes import losses_of
 from probes.records import ImageRecord, TokenRecord
+from probes.training import fit, mean_loss
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -363,22 +363,21 @@ def fine_tune(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = factory()
-            losses = losses_of(model, records)
-            optimiser = torch.optim.AdamW(
-                [p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=weight_decay
-            )
+            loss = mean_loss(model, records)
             model.train()
             order = np.random.default_rng((seed, 5))
+            steps: list[list[int]] = []
             for _ in range(epochs):
                 # Priorities are drawn for all records: those in both runs of a group keep their order.
                 shuffled = [int(i) for i in np.argsort(order.random(len(records))) if included[i]]
-                for start in range(0, len(shuffled), batch_size):
-                    batch = shuffled[start : start + batch_size]
-                    count = sum(losses.lengths[i] for i in batch)
-                    optimiser.zero_grad(set_to_none=True)
-                    losses.backward(batch, torch.full((count,), 1.0 / count))
-                    optimiser.step()
-            model.zero_grad(set_to_none=True)
+                steps += [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
+            fit(
+                [parameter for parameter in model.parameters() if parameter.requires_grad],
+                lambda i: loss(steps[i]),
+                steps=len(steps),
+                learning_rate=learning_rate,
+                weight_decay=weight_decay,
+            )
         return model.eval()
 
     return train

@@ -20,6 +20,7 @@ NAMES = (
     "scores",
     "claims",
     "suites",
+    "reaudit",
 )
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from reports.arms import measured_arms
 from reports.reading import ReportError, figure_of, float_of, read, read_list, rows_of, text_of
-from reports.text import Json, clean, finite, tree
+from reports.text import STRESS_STATUSES, Json, clean, finite, tree
 
 SCHEMA = "unlearn.attack/v1"
 STAGES = ("before", "after", "reference")
 ARM_PLACES = {"O": ("before", "figures"), "U": ("after", "figures"), "R": ("reference", "figures")}
 RESIDUAL_FLOOR = 0.2
 HIT = ":hit"
+PLAIN = "plain"  # key of the figure without the attack, in a result that gives its figure with and without
 _COSTS = ("passes", "generated_tokens", "reference_passes")
 
 
@@ -83,12 +84,17 @@ def _row(name: str, attack: Json, measured: Json, details: Json, paired: Json) -
     metric = attack.get("figure") or (latest or {}).get("headline") or ""
     reason = attack.get("reason") or (None if ran else "no reason was recorded")
     arms: Json = dict.fromkeys("OUNR")
-    residual = None
+    plain: Json = dict.fromkeys("OUNR")
+    residual = stress = None
     given = (paired.get("attacks") or {}).get(name) if latest else None
     if ran and latest:
-        found = given.get("arms") or {} if given else _detail_arms(name, details)
+        headline = latest["headline"]
+        found = given.get("arms") or {} if given else _detail_arms(name, details, headline)
         arms = {arm: figure_of(found.get(arm)) for arm in "OUNR"}
+        found = given.get("plain") or {} if given else _detail_arms(name, details, PLAIN)
+        plain = {arm: figure_of(found.get(arm)) for arm in "OUNR"}
         residual = _given_residual(given.get("residual")) if given else None
+        stress = _stress(given.get("stress")) if given else None
         if not any(arms.values()):
             open_ = latest["not_resolvable"]
             why = open_.get(latest["headline"]) or next(iter(open_.values()), None)
@@ -107,20 +113,40 @@ def _row(name: str, attack: Json, measured: Json, details: Json, paired: Json) -
         "reason": reason,
         "metric": metric or None,
         "arms": arms,
+        "plain": plain,
         "residual": residual,
+        "stress": stress,
     }
 
 
-def _detail_arms(name: str, details: Json) -> Json:
-    """The headline figure of each stage, and of the control set on the checkpoint under judgement."""
+def _detail_arms(name: str, details: Json, key: str | None) -> Json:
+    """A figure of each stage, and of the control set on the checkpoint under judgement."""
 
-    def headline(stage: str, part: str) -> Json | None:
+    def figure(stage: str, part: str) -> Json | None:
         detail = (details[stage] or {}).get(name) or {}
-        found: Json | None = (detail.get(part) or {}).get(detail.get("headline"))
+        found: Json | None = (detail.get(part) or {}).get(key)
         return found
 
-    level = headline("after" if (details["after"] or {}).get(name) else "before", "control")
-    return {arm: headline(*place) for arm, place in ARM_PLACES.items()} | {"N": level}
+    level = figure("after" if (details["after"] or {}).get(name) else "before", "control")
+    return {arm: figure(*place) for arm, place in ARM_PLACES.items()} | {"N": level}
+
+
+def _stress(given: Any) -> Json | None:
+    """What an attack on the edit itself showed; None for other attacks, and in run folders without it.
+
+    Raises:
+        ValueError: if its status is none of `STRESS_STATUSES`.
+    """
+    if not isinstance(given, dict):
+        return None
+    if given.get("status") not in STRESS_STATUSES:
+        raise ValueError("expected a status out of recovers, resists, undecided, re-teaches, not testable")
+    return {
+        "status": given["status"],
+        "reason": text_of(given.get("reason")) or "no reason was recorded",
+        **{key: float_of(given.get(key)) for key in ("low", "high", "level")},
+        **{key: figure_of(given.get(key)) for key in ("over_reference", "teaches")},
+    }
 
 
 def _given_residual(given: Any) -> Json | None:

@@ -20,17 +20,21 @@ SYMBOLS = {"good": "✓", "bad": "✕", "open": "?"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One table cell: main text, optional further lines, a style (code, num) and a tone (good, bad, open, muted)."""
+    """One table cell: main text, optional further lines, a style and a tone (good, bad, open, muted).
+
+    Styles: code, num, whole (on one line), wide (at least 15 characters). `mark` takes the place of the tone's symbol.
+    """
 
     text: str
     detail: str = ""
     style: str = ""
     tone: str = ""
+    mark: str = ""
 
     @property
     def symbol(self) -> str:
         """Mark that carries the tone without colour."""
-        return SYMBOLS.get(self.tone, "")
+        return self.mark or SYMBOLS.get(self.tone, "")
 
     @property
     def details(self) -> list[str]:

@@ -18,10 +18,11 @@ from reports.attacks import STAGES, attack_columns, attack_details, attack_rows
 from reports.probes import probe_results, record_figures
 from reports.reading import ReportError, figure_of, float_of, int_of, read, rows_of, text_of
 from reports.schema import ATTACK_SCHEMA, PROBE_SCHEMA, SCHEMA
-from reports.text import CLAIM_LEVELS, VERDICTS, Json, clean, tree
+from reports.text import CLAIM_LEVELS, FINDINGS, VERDICTS, Json, clean, stress_order, tree
 
 DURABILITY = "recovery"  # first part of the names of attacks on an edit: recovery.relearning, recovery.pruning
 SETS = ("records", "control", "retain")
+_OUTCOMES = ("recovering", "re_teaching", "undecided", "not_run")  # lists of attacks by what they showed
 _OUTSIDE_CUSTODY = {"private", "report", "attest", "run.json", "events.jsonl"}
 _GREEDY_RANK = {"extracted": 2, "uncertain": 1}
 _CHECKPOINT_KEYS = (
@@ -97,7 +98,7 @@ def _build(run: Path) -> Json:
         "records": _records(run),
         "attacks": attacks,
         "utility": _utility(kind, paired),
-        "robustness": _robustness(kind, attacks),
+        "robustness": _robustness(kind, attacks, paired),
         **_decision(decision, [stage for stage in STAGES[: 2 if kind == "forget" else 1] if measured[stage] is None]),
         "custody": custody,
     }
@@ -390,17 +391,39 @@ def _utility(kind: str, paired: Json) -> Json:
     }
 
 
-def _robustness(kind: str, attacks: list[Json]) -> Json:
-    """The attacks on the edit's durability: they are listed in attacks[], this says whether any ran."""
-    rows = [row for row in attacks if row["name"].partition(".")[0] == DURABILITY]
+def _robustness(kind: str, attacks: list[Json], paired: Json) -> Json:
+    """The attacks on the edit itself, by what they showed, and the finding; the attacks stand in attacks[].
+
+    Raises:
+        ValueError: if the finding is none of `FINDINGS`.
+    """
+    given = paired.get("stress") or {}
+    named = {part: [clean(str(name)) for name in given.get(part) or []] for part in ("attacks", *_OUTCOMES)}
+    listed = {name for names in named.values() for name in names}
+    rows = [
+        row for row in attacks if row["stress"] or row["name"] in listed or row["name"].partition(".")[0] == DURABILITY
+    ]
+    rows.sort(key=lambda row: stress_order(row["name"]))  # stable: the suite's order within one kind
     ran = any(row["status"] == "run" for row in rows)
     reason = None
     if kind == "audit":
         reason = "an audit edits nothing"
     elif not ran:
-        planned = "none of the planned robustness attacks ran"
+        planned = "none of the planned attacks on the edit ran"
         reason = planned if rows else "no relearning, quantisation, pruning or paraphrase test is part of this run"
-    return {"status": "run" if ran else "not_run", "reason": reason, "attacks": [row["name"] for row in rows]}
+    finding = given.get("finding")
+    if finding is not None and finding not in FINDINGS:
+        raise ValueError(f"expected a finding out of {', '.join(FINDINGS)}")
+    return {
+        "status": "run" if ran else "not_run",
+        "reason": reason,
+        "attacks": [row["name"] for row in rows],
+        "margin": float_of(given.get("margin")),
+        "level": float_of(given.get("level")),
+        "finding": finding,
+        "statement": text_of(given.get("statement")),
+        **{part: named[part] for part in _OUTCOMES},
+    }
 
 
 def _decision(raw: Json, missing: list[str]) -> Json:
@@ -420,6 +443,7 @@ def _decision(raw: Json, missing: list[str]) -> Json:
         "margin": float_of,
         "set": text_of,
         "against": text_of,
+        "attack": text_of,
     }
     criteria = []
     for row in raw.get("criteria") or []:

@@ -204,23 +204,70 @@ FAMILIES = {
     "verbatim": "Verbatim extraction",
     "recollection": "Recollection",
     "near_verbatim": "Near-verbatim extraction",
-    "regurgitation": "Regurgitation",
-    "exfiltration": "Exfiltration",
     "untargeted": "Untargeted extraction",
     "exposure": "Exposure of canaries",
     "pii": "Personal data",
     "template": "Template extraction",
     "compression": "Adversarial compression",
-    "elicitation": "Elicitation",
     "membership": "Membership inference",
     "privacy_bound": "Privacy bound",
     "memory": "Memory",
     "duplicates": "Near-duplicates",
     "model_inversion": "Model inversion",
     "reconstruction": "Reconstruction",
-    "hidden_knowledge": "Hidden knowledge",
-    "edit_difference": "Difference of both checkpoints",
     "recovery": "Recovery after the edit",
+    "elicitation": "Re-triggering",
+    "regurgitation": "Regurgitation under other wordings",
+    "exfiltration": "Exfiltration through the prompt",
+    "hidden_knowledge": "Knowledge inside the model",
+    "edit_difference": "Difference of both checkpoints",
+    "collateral": "What else the edit changed",
+}
+
+# Heading of the attacks that test whether an edit forgot or hid, in reading order: beginnings of the attacks' names,
+# and how a reader without training would call what they do. The longest beginning that fits decides.
+STRESS_GROUPS = {
+    "Relearning": (
+        ("recovery.relearning", "recovery.retain_tuning", "recovery.related_tuning", "recovery.savings"),
+        "training the model a little further",
+    ),
+    "Changed weights": (("recovery",), "rounding or altering the numbers the model is made of"),
+    "Re-triggering": (("elicitation",), "feeding the model specially made inputs"),
+    "Other wordings": (("regurgitation", "exfiltration"), "asking in another way"),
+    "Inside the model": (("hidden_knowledge",), "looking inside the model while it works"),
+    "Both checkpoints": (("edit_difference",), "comparing the model with what it was before the change"),
+}
+OTHER_STRESS = ("Other attacks", "other kinds of attempts")
+# finding: (tone, in words); none says more than the attacks of the run can
+FINDINGS = {
+    "hidden": ("bad", "Finding: hidden"),
+    "not hidden": ("good", "Finding: the attacks tested found nothing hidden"),
+    "undecided": ("open", "Finding: undecided"),
+    "not tested": ("open", "Finding: not tested"),
+}
+# status: (tone, symbol, what it means)
+STRESS_STATUSES = {
+    "recovers": (
+        "bad",
+        "✕",
+        "the residual is above 0 beyond chance and, where there is a reference, more comes back than from it",
+    ),
+    "resists": (
+        "good",
+        "✓",
+        "this attack, at this strength, brings back less than the margin; another may bring back more",
+    ),
+    "undecided": ("open", "?", "this number of records shows neither, or the reference gives back as much"),
+    "re-teaches": (
+        "muted",
+        "↺",
+        "never-seen records rose as well, so the attack teaches and says nothing of what was left",
+    ),
+    "not testable": (
+        "muted",
+        "–",
+        "an arm is missing, or the records hardly stood out under this attack in the original",
+    ),
 }
 
 # Parts of attacks' names that are not written as they are spelt there
@@ -231,6 +278,9 @@ ATTACK_WORDS = {
     "min_k_plus_plus": "Min-K%++",
     "recall": "ReCaLL",
     "rmia": "RMIA",
+    "gcg": "GCG",
+    "nf4": "NF4",
+    "gguf": "GGUF",
 }
 
 
@@ -309,6 +359,33 @@ def attack_order(attack: str) -> tuple[int, str]:
 def family_label(family: str) -> str:
     """Heading of a goal family."""
     return FAMILIES.get(family) or sentence_case(words_of(family))
+
+
+def stress_group(attack: str) -> tuple[str, str]:
+    """Heading and plain words of the kind of stress attack that a name belongs to."""
+    fits = [
+        (len(start), heading, words)
+        for heading, (starts, words) in STRESS_GROUPS.items()
+        for start in starts
+        if attack.startswith(start)
+    ]
+    return max(fits)[1:] if fits else OTHER_STRESS
+
+
+def stress_order(attack: str) -> int:
+    """Where the kind of a stress attack stands in reading order; unknown kinds last."""
+    headings = [*STRESS_GROUPS, OTHER_STRESS[0]]
+    return headings.index(stress_group(attack)[0])
+
+
+def two(figure: Json | None) -> str:
+    """A figure's value alone, a share with two decimals: 0.33; below half a hundredth, < 0.01."""
+    value = (figure or {}).get("value")
+    if value is None:
+        return "n/a"
+    if not 0 <= value <= 1 or unit_words((figure or {}).get("unit") or ""):
+        return number(value)
+    return "< 0.01" if 0 < value < 0.005 else f"{value:.2f}"
 
 
 def sentence_case(text: str) -> str:

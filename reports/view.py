@@ -11,8 +11,9 @@ from dataclasses import replace
 from reports.arms import edited
 from reports.blocks import TONES, Block, Cell, Page, Prose, Section
 from reports.sections.appendix import attack_glossary, crosswalk, data, glossary, probe_glossary
-from reports.sections.attacks import attacks, robustness
+from reports.sections.attacks import attacks
 from reports.sections.edit import edit_section
+from reports.sections.forgotten import forgotten_or_hidden
 from reports.sections.identity import checkpoints_table, identity
 from reports.sections.limits import attack_limits, limits, probe_limits
 from reports.sections.measurements import measurements
@@ -99,8 +100,8 @@ def _sections(report: Json, audience: str, signoffs: Sequence[Json]) -> list[Sec
         ("attacks", "Attacks", attacks(report, audience)),
         ("records", "Records", records(report)),
         ("probes", "Inside the model", probes(report, audience)),
-        ("utility", "Utility", utility(report)),
-        ("robustness", "Robustness", robustness(report)),
+        ("utility", "Utility", utility(report, audience)),
+        ("robustness", "Forgotten or hidden?", forgotten_or_hidden(report, audience)),
         ("limits", "Residual risk and limits", limits(report)),
         ("reproduce", "Reproduce", reproduce(report, audience)),
         ("signoff", "Sign-off", signoff(signoffs)),

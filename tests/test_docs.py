@@ -190,6 +190,8 @@ def provide(request: dict[str, Any], folder: Path) -> None:
     for part in ("checkpoint", "reference"):
         if part in request:
             (folder / request[part]["path"]).mkdir()
+    if path := request.get("method", {}).get("overrides", {}).get("path"):
+        (folder / path).mkdir()
 
 
 def test_record_examples_are_records(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def audit(
         options=options or Options(),
         reference=None if reference is None else _where(reference),
         policy="own" if own else chosen.name,
-        inputs=_extras(corpus, canaries, candidates, format),
+        inputs=_extras(format, corpus=corpus, canaries=canaries, candidates=candidates),
     )
     return _start(job, out, live, raw, display)
 
@@ -371,10 +371,13 @@ def attack(
     *,
     records: Any = None,
     control: Any = None,
+    retain: Any = None,
+    related: Any = None,
     reference: str | Path | nn.Module | None = None,
     corpus: str | Path | None = None,
     canaries: str | Path | None = None,
     candidates: str | Path | None = None,
+    paraphrases: str | Path | None = None,
     settings: dict[str, Any] | None = None,
     out: str | Path | None = None,
     tokenizer: Any = None,
@@ -389,10 +392,13 @@ def attack(
         checkpoint: as for `audit`.
         records: records to look for, for attacks that need them.
         control: never-seen records; drafted when absent and the records come from a file.
+        retain: data whose behaviour should stay, for attacks that train on it or watch it.
+        related: text about the same things that is none of the records, for attacks that train on it.
         reference: a checkpoint that never held the records.
         corpus: text in which near-duplicates of the records are looked for.
         canaries: planted secrets with the format they were drawn from (`unlearn.records.extras`).
         candidates: for each record, values among which its personal data is asked for.
+        paraphrases: for each record, other prompts that ask for the same (`unlearn.records.extras`).
         settings: of the attack, as in a suite (`unlearn.requests.attacks`).
         out: the run folder; a new one under `runs/` by default.
         tokenizer: for a live language model.
@@ -410,7 +416,7 @@ def attack(
         ResourceError: if memory or disk runs out.
     """
     chosen = attack_settings(name, settings or {})
-    given = {"records": records, "control": control}
+    given = {"records": records, "control": control, "retain": retain, "related": related}
     live, sources, raw = _inputs(checkpoint, reference, tokenizer, given, format, required=())
     job = Job(
         kind="attack",
@@ -427,7 +433,7 @@ def attack(
         },
         options=options or Options(),
         reference=None if reference is None else _where(reference),
-        inputs=_extras(corpus, canaries, candidates, format),
+        inputs=_extras(format, corpus=corpus, canaries=canaries, candidates=candidates, paraphrases=paraphrases),
     )
     return _start(job, out, live, raw, display)
 
@@ -497,6 +503,8 @@ def request_job(request: Request, options: Options, suite: str | Path | None = N
         duplicates = {"include": include, "threshold": corpus.threshold, "span": corpus.span}
         if corpus.sha256 is not None:
             sha256["corpus"] = corpus.sha256
+    if request.paraphrases is not None:
+        inputs["paraphrases"] = asdict(Source.of(request.paraphrases, RecordFormat()))
     expected = {
         which: part.tensor_digest
         for which, part in (("checkpoint", request.checkpoint), ("reference", request.reference))
@@ -536,10 +544,10 @@ def plan(request: str | Path, out: str | Path | None, options: Options, display:
     return planned
 
 
-def _extras(corpus: Any, canaries: Any, candidates: Any, format: RecordFormat | None) -> dict[str, dict[str, Any]]:
+def _extras(format: RecordFormat | None, **files: Any) -> dict[str, dict[str, Any]]:
     """Files that some attacks need, checked to exist; what is in them is checked when the run begins."""
     found = {}
-    for name, given in (("corpus", corpus), ("canaries", canaries), ("candidates", candidates)):
+    for name, given in files.items():
         if given is None:
             continue
         path = Path(given).resolve()

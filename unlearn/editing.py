@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from probes.errors import UsageError
+from probes.errors import IntegrityError, UsageError
 from unlearn.editors.base import EditContext, Editor, make_editor
+from unlearn.editors.given import GivenEditor
 from unlearn.runs.job import Job
 from unlearn.workspace import Workspace
 
@@ -22,6 +24,34 @@ def editor_of(job: Job) -> Editor:
     """
     assert job.method is not None
     return make_editor(**job.method)
+
+
+def named_method(method: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The method for files that are shown: of a path its last part only, paths can name people."""
+    if method is None or not isinstance(path := method["parameters"].get("path"), str):
+        return method
+    return method | {"parameters": method["parameters"] | {"path": Path(path).name}}
+
+
+def note_given(workspace: Workspace) -> None:
+    """Note which checkpoint an edit made elsewhere is, before anything is measured.
+
+    Raises:
+        UsageError: it does not fit the checkpoint it is said to be an edit of.
+    """
+    editor = editor_of(workspace.job)
+    if isinstance(editor, GivenEditor):
+        digest = editor.identify(workspace.checkpoint("checkpoint"))
+        workspace.run.write_json("inputs/given.json", {"tensor_digest": digest})
+
+
+def _still_given(workspace: Workspace) -> None:
+    """Refuse a checkpoint that has changed since the run began: the copy then holds other weights."""
+    noted = workspace.run.file("inputs/given.json")
+    if noted.exists() and workspace.run.read_json("inputs/given.json")["tensor_digest"] != (
+        workspace.checkpoint("edited").tensor_digest()
+    ):
+        raise IntegrityError("expected the edited checkpoint that the run began with, found another; was it changed?")
 
 
 def write_copy(workspace: Workspace) -> None:
@@ -52,6 +82,7 @@ def write_copy(workspace: Workspace) -> None:
     shutil.rmtree(work)
     run.claim(out)
     edited = workspace.checkpoint("edited")
+    _still_given(workspace)
     run.write_json("edit/checkpoint.json", edited.describe() | {"manifest": edited.manifest()})
     places = _places(workspace, loaded.model_map)
     method = {
@@ -137,4 +168,5 @@ class EditRun(Workspace):
         self.checkpoint("checkpoint")
         self.freeze()
         self.identify("checkpoint")
-        self.describe_run(method=self.job.method)
+        note_given(self)
+        self.describe_run(method=named_method(self.job.method))

@@ -25,7 +25,7 @@ from probes.errors import IntegrityError, UsageError
 from probes.likelihood import SamplingScheme
 from unlearn import reporting
 from unlearn.attacking.run import attack_arms, estimate, run_attacks
-from unlearn.editing import editor_of, write_copy
+from unlearn.editing import editor_of, named_method, note_given, write_copy
 from unlearn.evidence import criteria as judging
 from unlearn.evidence import measure
 from unlearn.evidence.measure import Measured, Record, Settings
@@ -43,6 +43,12 @@ METHOD_LIMITS = {
     "longer contexts were not.",
     "image_classification": "Images were tested as given; changed or related images were not.",
 }
+REWRITTEN_LIMITS = {
+    "causal_lm": "Extraction was tested with the record's own words as prompt, and with prompts changed by rule; "
+    "paraphrases and other languages were tested as far as they were supplied.",
+    "image_classification": "Images were tested as given and moved within a small radius; related images were not.",
+}
+REWRITING = {"causal_lm": "regurgitation.", "image_classification": "elicitation.images"}
 
 
 class Pipeline(Workspace):
@@ -109,7 +115,9 @@ class Pipeline(Workspace):
         if job.reference is not None:
             self.identify("reference")
             self._check_reference()
-        self.describe_run(suite=job.suite, method=job.method, settings=self.settings().as_dict())
+        if job.kind == "forget":
+            note_given(self)
+        self.describe_run(suite=job.suite, method=named_method(job.method), settings=self.settings().as_dict())
 
     def _check_reference(self) -> None:
         mine, other = self.checkpoint("checkpoint"), self.checkpoint("reference")
@@ -205,21 +213,25 @@ class Pipeline(Workspace):
         assert before is not None
         current = after if job.kind == "forget" else before
         assert current is not None
+        groups = {role: [record.group for record in self.sets().get(role, [])] for role in ("records", "control")}
+        attacks, stress = attack_arms(self, groups, job.kind == "forget")
         evidence = judging.Evidence(
             task=before.task,
             current=current,
             before=before if job.kind == "forget" else None,
             reference=reference,
             seed=job.options.seed,
+            attacks=attacks,
+            stress=stress,
         )
         rows = [judging.evaluate(criterion, evidence) for criterion in job.criteria[before.task]]
         over = judging.over_forgetting(evidence) if job.kind == "forget" else {"flag": False, "statement": ""}
-        groups = {role: [record.group for record in self.sets().get(role, [])] for role in ("records", "control")}
         run.write_json(
             "compare/paired.json",
             {
                 "arms": judging.arms(evidence),
-                "attacks": attack_arms(self, groups, job.kind == "forget"),
+                "attacks": attacks,
+                "stress": stress,
                 "over_forgetting": over,
                 "utility": judging.utility(evidence),
             },
@@ -238,7 +250,8 @@ class Pipeline(Workspace):
         """What the evidence does not show, in sentences for the report."""
         sets = self.run.read_json("inputs/sets.json")
         task = evidence.task
-        limits = [METHOD_LIMITS[task]]
+        rewritten = any(name.startswith(REWRITING[task]) for name in evidence.attacks)
+        limits = [(REWRITTEN_LIMITS if rewritten else METHOD_LIMITS)[task]]
         if self.job.options.dtype != "float32" or self.device != "cpu":
             limits.append(
                 f"Figures hold for {self.job.options.dtype} on {self.device}; other arithmetic can differ near ties."
@@ -271,15 +284,32 @@ class Pipeline(Workspace):
             limits.append(
                 f"generate() contradicted {measured['disagreements']} one-pass verdicts; they count as uncertain."
             )
-        if self.job.kind == "forget":
-            limits.append(
-                "Relearning, quantisation and white-box attacks were not run: the records may be hidden, not gone."
-            )
+        if evidence.stress is not None:
+            limits += _durability(evidence.stress)
         return limits
 
     def _report(self) -> None:
         for path in reporting.write(self.run.path):
             self.run.claim(path)
+
+
+def _durability(stress: dict[str, Any]) -> list[str]:
+    """What the attacks on the edit's durability do not show, or show against it."""
+    if stress["finding"] == "not tested":
+        return ["No attack on the edit's durability could be read: the records may be hidden, not gone."]
+    sentences = []
+    if stress["recovering"]:
+        sentences.append(
+            f"Records came back under attack ({', '.join(stress['recovering'])}): they are hidden, not gone."
+        )
+    if stress["re_teaching"]:
+        sentences.append(
+            f"Attacks that taught never-seen records as well ({', '.join(stress['re_teaching'])}) say nothing about "
+            "this edit."
+        )
+    if not stress["recovering"]:
+        sentences.append("An attack that brings nothing back shows only that this attack, with this budget, did not.")
+    return sentences
 
 
 def plan_only(pipeline: Pipeline) -> dict[str, Any]:

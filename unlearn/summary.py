@@ -83,10 +83,12 @@ def summary(run: Run) -> str:
         ]
         lines += ["", *_table(("retained", "before", "after", "difference"), rows)]
     lines += _headlines(paired["attacks"], columns, titles)
+    lines += _durability(paired)
     lines += [""]
     for row in decided["criteria"]:
         required = "" if row["required"] else " (not required)"
-        lines += [f"{row['status']:<13} {row['id']} {row['metric']}{required}"]
+        under = f" under {row['attack']}" if row.get("attack") else ""
+        lines += [f"{row['status']:<13} {row['id']} {row['metric']}{under}{required}"]
         lines += _wrapped(row["reason"])
     lines += ["", f"verdict: {decided['verdict']}" + (f"   claim level: {decided['claim_level']}" if edited else "")]
     if paired["over_forgetting"]["flag"]:
@@ -106,9 +108,28 @@ def _headlines(attacks: dict[str, Any], columns: list[str], titles: dict[str, st
     rows = [
         (name, *(_cell(row["arms"][arm]) for arm in columns))
         for name, row in attacks.items()
-        if name not in _SHOWN_ABOVE and any(row["arms"][arm] for arm in columns)
+        if name not in _SHOWN_ABOVE and row.get("stress") is None and any(row["arms"][arm] for arm in columns)
     ]
     return ["", *_table(("attack", *(titles[arm] for arm in columns)), rows)] if rows else []
+
+
+def _durability(paired: dict[str, Any]) -> list[str]:
+    """What came back under each attack on the edit, and what they say together."""
+    found = paired.get("stress")
+    if not found:
+        return []
+    rows = []
+    for name, row in paired["attacks"].items():
+        if row["stress"] is None:
+            continue
+        levels = (f"{_value(row['plain'][arm])}>{_value(row['arms'][arm])}" for arm in "UN")
+        rows.append((name, *levels, _cell(row["residual"]), row["stress"]["status"]))
+    lines = ["", *_table(("attack on the edit", "after", "never seen", "residual", "status"), rows)] if rows else []
+    return [*lines, "", f"forgotten or hidden? {found['finding']}", *_wrapped(found["statement"])]
+
+
+def _value(figure: dict[str, Any] | None) -> str:
+    return "-" if figure is None or figure.get("value") is None else _number(figure["value"])
 
 
 def summary_data(run: Run) -> dict[str, Any]:
@@ -121,6 +142,7 @@ def summary_data(run: Run) -> dict[str, Any]:
         "criteria": decided["criteria"],
         "arms": run._read("compare/paired.json")["arms"],
         "attacks": run._read("compare/paired.json")["attacks"],
+        "stress": run._read("compare/paired.json").get("stress"),
         "checkpoint": str(run.checkpoint) if run.checkpoint else None,
         "report": str(run.path / "report" / "report.html"),
         "exit_code": run.exit_code,

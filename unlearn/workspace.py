@@ -106,13 +106,16 @@ class Workspace:
         """The live model; the one before it is released first."""
         if self._loaded is None or self._loaded[0] != which:
             self.release()
-            checkpoint = self.checkpoint(which)
-            model = checkpoint.load_model(self.job.options.dtype, self.device)
-            loaded = Loaded(
-                model, ModelMap.of(model), checkpoint.task, checkpoint.tensor_digest(), checkpoint.tokenizer_digest()
-            )
-            self._loaded = (which, loaded)
+            self._loaded = (which, self.load(which))
         return self._loaded[1]
+
+    def load(self, which: str) -> Loaded:
+        """A live model beside the one in memory, for what needs two at once."""
+        checkpoint = self.checkpoint(which)
+        model = checkpoint.load_model(self.job.options.dtype, self.device)
+        return Loaded(
+            model, ModelMap.of(model), checkpoint.task, checkpoint.tensor_digest(), checkpoint.tokenizer_digest()
+        )
 
     def release(self) -> None:
         """Let the model in memory go."""
@@ -159,6 +162,8 @@ class Workspace:
             self.canaries()  # a mistake in it should not wait until its attack
         if "candidates" in self.job.inputs:
             self.candidates()
+        if "paraphrases" in self.job.inputs:
+            self.paraphrases()
         located = {role: source.location for role, source in self.job.sources.items()}
         located |= {what: given["location"] for what, given in self.job.inputs.items()}
         for role, expected in self.job.sha256.items():
@@ -245,6 +250,12 @@ class Workspace:
     def candidates(self) -> dict[str, list[str]]:
         """Candidates for an attribute, by record id."""
         return read_candidates(self._unchanged("candidates"))
+
+    def paraphrases(self) -> dict[str, list[str]]:
+        """Other prompts by record id."""
+        from unlearn.records.extras import read_paraphrases
+
+        return read_paraphrases(self._unchanged("paraphrases"))
 
     def _unchanged(self, what: str) -> str:
         """Where a further input lies, once it is known to be the one that the run began with.

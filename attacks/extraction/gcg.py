@@ -171,7 +171,7 @@ def optimise(
     if not (min(fixed) >= 0 and max(fixed) < model_map.vocab_size):
         raise UsageError(f"expected ids below the vocabulary size {model_map.vocab_size}, found others")
     generator = np.random.default_rng(seed)
-    prompt = _initial(length, initial, tokens, generator)
+    prompt = initial_prompt(length, initial, tokens, generator)
     rows = Rows(model, model_map, tuple(before), tuple(after), tuple(target), batch_tokens)
     loss, hit = rows.evaluate([prompt])
     best, losses, visited = (float(loss[0]), prompt), [float(loss[0])], {prompt}
@@ -179,8 +179,8 @@ def optimise(
         return Gcg(prompt, losses[0], True, 0, tuple(losses), rows.forwards, rows.backwards)
     step = 0
     while step < steps:
-        ranked = _ranked(rows.gradient(prompt), prompt, tokens.usable, top_k)
-        pool = _replacements(prompt, ranked, candidates, visited, tokens.survives, generator)
+        ranked = ranked_tokens(rows.gradient(prompt), prompt, tokens.usable, top_k)
+        pool = replacements(prompt, ranked, candidates, visited, tokens.survives, generator)
         step += 1
         if pool:
             loss, hit = rows.evaluate(pool)
@@ -200,9 +200,14 @@ def optimise(
     return Gcg(best[1], best[0], False, step, tuple(losses), rows.forwards, rows.backwards)
 
 
-def _initial(
+def initial_prompt(
     length: int, initial: Sequence[int] | None, tokens: Tokens, generator: np.random.Generator
 ) -> tuple[int, ...]:
+    """The prompt to start from: the one given, or one of random usable tokens that survives tokenisation.
+
+    Raises:
+        UsageError: an initial prompt of another length, or no prompt that survives.
+    """
     if initial is not None:
         if len(initial) != length:
             raise UsageError(f"expected an initial prompt of {length} tokens, found {len(initial)}")
@@ -219,7 +224,7 @@ def _initial(
     )
 
 
-def _ranked(gradient: Tensor, prompt: Sequence[int], usable: np.ndarray, top_k: int) -> np.ndarray:
+def ranked_tokens(gradient: Tensor, prompt: Sequence[int], usable: np.ndarray, top_k: int) -> np.ndarray:
     """The replacements of each position [P, at most top_k] whose first-order loss is lowest, without its own token."""
     scores = gradient[:, torch.as_tensor(usable, device=gradient.device)]  # [P, usable]
     same = torch.as_tensor(usable[None, :] == np.array(prompt)[:, None], device=gradient.device)
@@ -229,7 +234,7 @@ def _ranked(gradient: Tensor, prompt: Sequence[int], usable: np.ndarray, top_k: 
     return ranked
 
 
-def _replacements(
+def replacements(
     prompt: tuple[int, ...],
     ranked: np.ndarray,
     candidates: int,

@@ -14,6 +14,7 @@ from reports.text import short
 
 MOST_POINTS = 160  # a longer curve is thinned out: more than one point every three units is never seen
 COLOURS = 6
+DASHES = 5  # patterns of lines, the solid one first
 NEAR = 40.0  # a line that ends within this distance of the right edge is joined with its name
 
 
@@ -32,12 +33,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line; beyond `cut`, a place on the x axis, it is drawn dotted; `band` holds (x, low, high) around it."""
+    """One line; beyond `cut`, a place on the x axis, it is drawn dotted; `band` holds (x, low, high) around it.
+
+    `dash` is one of `DASHES` patterns, so that lines differ without colour where they cross; 0 is a solid line.
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
     cut: float | None = None
     band: Sequence[tuple[float, float, float]] = ()
+    dash: int = 0
 
 
 def curves(
@@ -102,7 +107,7 @@ def curves(
         if not points:
             continue
         placed = [place(point) for point in points]
-        colour = f"curve c{index % COLOURS}"
+        colour = _kind(index, line.dash)
         edge = place((line.cut, up.low))[0] if line.cut is not None and (line.cut > 0 or not x.log) else None
         first, second = _split(placed, edge)
         body += [_path(first, colour), _path(second, f"{colour} dropped")]
@@ -115,6 +120,7 @@ def curves(
         body.append(f'<circle cx="{px(at_x)}" cy="{px(at_y)}" r="3.6" class="cut c{index % COLOURS}"/>')
         if alone:
             body += [words(at_x - 7, top + 12, kept, "soft", "end"), words(at_x + 7, top + 12, dropped, "soft")]
+    key = 26 if any(line.dash for line in lines) else 14  # long enough to show a pattern
     heights = _apart([end_y for (_, end_y), _, _ in ends], top, bottom)
     for height, ((end_x, end_y), index, label) in zip(heights, ends, strict=True):
         letter = "" if right - end_x <= NEAR else f"{'abcdef'[index % COLOURS]}: "
@@ -122,8 +128,8 @@ def curves(
             body.append(words(end_x + 3, end_y - 4, letter[0], "strong"))
         else:
             body.append(rule(end_x + 3, end_y, right + 14, height, "leader"))
-        body.append(rule(right + 16, height, right + 30, height, f"curve c{index % COLOURS}"))
-        body.append(words(right + 36, height + 4, short(f"{letter}{label}", 34), "soft"))
+        body.append(rule(right + 16, height, right + 16 + key, height, _kind(index, lines[index].dash)))
+        body.append(words(right + 22 + key, height + 4, short(f"{letter}{label}", 34), "soft"))
     return svg(name, bottom + 40, title, body, WIDTH)
 
 
@@ -173,6 +179,11 @@ def _band(points: Sequence[tuple[float, float, float]], x: Axis, y: Axis) -> lis
         return shown
     step = (len(shown) - 1) / (MOST_POINTS - 1)
     return [shown[round(index * step)] for index in range(MOST_POINTS)]
+
+
+def _kind(index: int, dash: int) -> str:
+    """The classes that draw a line: its colour, and its pattern unless it is solid."""
+    return f"curve c{index % COLOURS}" + (f" d{dash % DASHES}" if dash % DASHES else "")
 
 
 def _guide(placed: Sequence[tuple[float, float]], text: str) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from reports.arms import arm_words, known_metrics, present_arms
 from reports.blocks import Cell, Facts, Prose, Section, table
-from reports.text import ACCESS, CLAIM_LEVELS, CURVATURE, METRICS, Json, family_of, plural
+from reports.text import ACCESS, CLAIM_LEVELS, CURVATURE, METRICS, Json, plural
 
 # Identifiers only: which passage a section may serve is a question for the reader's counsel.
 CROSSWALK = (
@@ -14,7 +14,10 @@ CROSSWALK = (
     ("3 Request and data", "GDPR 12(3), 12(4), 17, 19, 30; CCPA regulations §7021, §7022(b), §7101(b)"),
     ("Pseudonyms throughout", "GDPR 4(5), 5(1)(c), 5(1)(e), 25, 32; EDPB Guidelines 01/2025"),
     ("4 Figures, 5 Edit, 8 Inside the model", "EDPB Opinion 28/2024; AI Act Annex IV 2(g); NIST AI RMF MEASURE 2.10"),
-    ("6 Attacks, 10 Robustness", "EDPB Opinion 28/2024; NIST AI 100-2; GPAI Code of Practice, copyright, measure 1.4"),
+    (
+        "6 Attacks, 10 Forgotten or hidden?",
+        "EDPB Opinion 28/2024; NIST AI 100-2; GPAI Code of Practice, copyright, measure 1.4",
+    ),
     ("9 Utility", "AI Act 15; ISO/IEC 42001 A.6.2.4"),
     ("11 Residual risk and limits", "EDPB Opinion 28/2024; GDPR 35"),
     ("13 Sign-off", "AI Act Annex IV 2(g)"),
@@ -59,7 +62,8 @@ PROBE_TERMS = {
         ("Relative", "Divided by the same figure of a random Gaussian matrix of the same shape."),
     ),
 }
-# Shown where an attack of one of the families ran
+ON_THE_EDIT = ("recovery", "elicitation", "regurgitation", "exfiltration", "hidden_knowledge", "edit_difference")
+# Shown where an attack ran whose name begins like this
 ATTACK_TERMS = (
     (
         ("membership",),
@@ -113,6 +117,60 @@ ATTACK_TERMS = (
         "Share of pairs of a record and a never-seen one in which the model finds the record likelier; 0.5 is chance. "
         "It can stay high where nothing is recalled.",
     ),
+    (
+        ON_THE_EDIT,
+        "Residual",
+        "(After − Control) / (Before − Control), all under the same attack: 0 is the level of records never seen, 1 "
+        "that of the original checkpoint.",
+    ),
+    (
+        ON_THE_EDIT,
+        "Re-teaches",
+        "Never-seen records rise under the attack as well. It then teaches, and shows nothing of what an edit left.",
+    ),
+    (
+        ("recovery.relearn", "recovery.benign", "recovery.retain"),
+        "Relearning",
+        "Training the checkpoint a little further, on part of the records or on other data, and scoring records that "
+        "were not trained on. What was hidden comes back sooner than what was never learnt.",
+    ),
+    (
+        ("recovery.quantisation",),
+        "Quantisation",
+        "Rounding the weights to few bits, as is done to run a model on a small machine. It can undo a small edit.",
+    ),
+    (("recovery.pruning",), "Pruning", "Setting to zero the weights that matter least by their size."),
+    (
+        ("recovery.interpolation",),
+        "Interpolation",
+        "Moving the weights of the edited copy back towards those of the original, step by step.",
+    ),
+    (
+        ("elicitation",),
+        "Re-triggering",
+        "Searching, on half of the records, for an input that brings records out, and trying it on the other half: "
+        "vectors that are no words (a soft prompt), small shifts of the input embeddings, or a string (a suffix).",
+    ),
+    (
+        ("regurgitation", "exfiltration"),
+        "Other wordings",
+        "Asking for the same record in another form: a choice among answers, yes or no, a gap to fill, other words.",
+    ),
+    (
+        ("hidden_knowledge",),
+        "Logit lens",
+        "What the model would predict if it ended after a given layer.",
+    ),
+    (
+        ("hidden_knowledge",),
+        "Linear probe",
+        "A linear classifier on a layer's activations, trained on half of the records and tested on the other half.",
+    ),
+    (
+        ("edit_difference",),
+        "Edit read-out",
+        "Telling from the two checkpoints alone which records were to be forgotten.",
+    ),
 )
 
 
@@ -146,8 +204,8 @@ def attack_glossary(report: Json) -> Section:
 
 def _attack_terms(report: Json) -> list[tuple[str, str]]:
     """The words of the attacks that ran."""
-    ran = {family_of(row["name"]) for row in report["attacks"] if row["status"] == "run"}
-    return [(term, text) for families, term, text in ATTACK_TERMS if ran & set(families)]
+    ran = [row["name"] for row in report["attacks"] if row["status"] == "run"]
+    return [(term, text) for starts, term, text in ATTACK_TERMS if any(name.startswith(starts) for name in ran)]
 
 
 def probe_glossary(report: Json) -> Section:

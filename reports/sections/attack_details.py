@@ -6,16 +6,16 @@ left to the JSON document.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from reports import figures
 from reports.arms import edited
 from reports.attacks import STAGES
 from reports.blocks import Block, Cell, Chart, Items, Line, Part, Prose, Table, figure_cell, number_cell, table
-from reports.figures import Axis, Curve
+from reports.durability import line_curve
 from reports.figures.curves import COLOURS
+from reports.sections.attack_charts import ROWS, NamedSeries, line_chart, roc_chart
 from reports.text import (
     Json,
     attack_label,
@@ -29,17 +29,14 @@ from reports.text import (
     words_of,
 )
 
-ROWS = 12  # of a table
-COLUMNS = 12
+COLUMNS = 12  # of a table
 MARKUP = 60  # characters of markup around a cell
-RATES = (0.001, 0.01, 0.05, 0.1, 0.5)
 COSTS = {  # for one, for more
     "passes": ("forward pass of the model per record", "forward passes of the model per record"),
     "generated_tokens": ("generated token", "generated tokens"),
     "reference_passes": ("forward pass of the reference per record", "forward passes of the reference per record"),
 }
 SETTING_WORDS = {"fprs": "false-positive rates", "q": "bound on false discoveries", "top_k": "top-k", "top_p": "top-p"}
-Line_ = tuple[str, Json]  # label, series
 
 
 @dataclass
@@ -73,18 +70,34 @@ def _letters(block: Block) -> int:
     return sum(len(text) for text in block.items) if isinstance(block, Items) else MARKUP
 
 
-def details(report: Json) -> list[Block]:
-    """A part for every attack with a result of its own, in the order of the table; then what found no room."""
+def details(
+    report: Json,
+    apart: Collection[str] = (),
+    *,
+    only: Collection[str] | None = None,
+    drawn: str | None = None,
+    room: Room | None = None,
+) -> list[Block]:
+    """A part for every attack with a result of its own, in the order of the table; then what found no room.
+
+    Args:
+        report: what `build` returns.
+        apart: attacks whose details stand elsewhere.
+        only: the attacks to show; all when None.
+        drawn: an attack whose first line chart stands in section 10.
+        room: what may be drawn.
+    """
     stages = {stage: report["run"]["attacks"][stage] or {} for stage in STAGES}
     listed = {row["name"]: (row["access"], index) for index, row in enumerate(report["attacks"])}
     names = sorted(
         {name for found in stages.values() for name in found},
         key=lambda name: (*attack_order(name), listed.get(name, ("", len(listed))), name),
     )
-    room, blocks = Room(), []
+    room, blocks = room or Room(), []
     for index, name in enumerate(names, 1):
-        found = {stage: stages[stage][name] for stage in STAGES if name in stages[stage]}
-        blocks += _attack(f"attack-{index}", name, found, stage_words(report), room)
+        if name not in apart and (only is None or name in only):
+            found = {stage: stages[stage][name] for stage in STAGES if name in stages[stage]}
+            blocks += _attack(f"attack-{index}", name, found, stage_words(report), room, elsewhere=name == drawn)
     left = [plural(count, kind) for kind, count in sorted(room.refused.items())]
     more = [Prose(f"Left to the JSON document for want of room: {' and '.join(left)}.")] if left else []
     return [*blocks, *more]
@@ -95,7 +108,9 @@ def stage_words(report: Json) -> dict[str, str]:
     return {"before": "Before" if edited(report) else "Audited", "after": "After", "reference": "Reference"}
 
 
-def _attack(id_: str, name: str, found: dict[str, Json], words: dict[str, str], room: Room) -> list[Block]:
+def _attack(
+    id_: str, name: str, found: dict[str, Json], words: dict[str, str], room: Room, *, elsewhere: bool
+) -> list[Block]:
     latest = found.get("after") or next(iter(found.values()))
     blocks: list[Block] = [Part(attack_label(name))]
     for text in dict.fromkeys(detail["confounded"] for detail in found.values() if detail["confounded"]):
@@ -105,7 +120,8 @@ def _attack(id_: str, name: str, found: dict[str, Json], words: dict[str, str], 
             blocks.append(Prose(f"not run, {words[stage].lower()}: {detail['reason']}."))
     blocks += [*_settings(latest), *_tests(found, words)]
     blocks += _figures(name, found, words, room)
-    blocks += _curves(id_, name, found, words, room)
+    shown = (line_curve(found.get("after")) or {}).get("title") if elsewhere else None
+    blocks += _curves(id_, name, found, words, room, shown)
     blocks += _tables(name, found, words, room)
     notes = list(dict.fromkeys(text for detail in found.values() for text in detail["notes"]))
     more = [f"{plural(len(notes) - ROWS, 'more note')} in the JSON document."] if len(notes) > ROWS else []
@@ -206,11 +222,19 @@ def _source(name: str, found: dict[str, Json]) -> str:
     return f"run.attacks.{stage}.{short(name, 40)}"
 
 
-def _curves(id_: str, name: str, found: dict[str, Json], words: dict[str, str], room: Room) -> list[Block]:
-    """A chart for each curve, with the stages as lines of the same chart, and the table of its data."""
+def _curves(
+    id_: str, name: str, found: dict[str, Json], words: dict[str, str], room: Room, shown: str | None
+) -> list[Block]:
+    """A chart for each curve, with the stages as lines of the same chart, and the table of its data.
+
+    `shown` is the title of a line chart that stands in section 10.
+    """
     kinds = dict.fromkeys((row["kind"], row["title"]) for detail in found.values() for row in detail["curves"])
     blocks: list[Block] = []
     for index, (kind, title) in enumerate(kinds, 1):
+        if (kind, title) == ("line", shown):
+            blocks.append(Prose(f"{sentence_case(short(title, 100))}: the curve is in section 10."))
+            continue
         same = {
             stage: row
             for stage, detail in found.items()
@@ -223,7 +247,7 @@ def _curves(id_: str, name: str, found: dict[str, Json], words: dict[str, str], 
         if not room.charts:
             room.refuse("figure")
             continue
-        draw = _roc if kind == "roc" else _plot
+        draw = roc_chart if kind == "roc" else line_chart
         total = sum(len(row["series"]) for row in same.values())
         more = [Prose(f"{len(lines)} of {total:,} lines drawn; the JSON document has all.")] * (total > len(lines))
         drawn = draw(
@@ -233,7 +257,7 @@ def _curves(id_: str, name: str, found: dict[str, Json], words: dict[str, str], 
     return blocks
 
 
-def _lines(same: dict[str, Json], words: dict[str, str]) -> list[Line_]:
+def _lines(same: dict[str, Json], words: dict[str, str]) -> list[NamedSeries]:
     """The series that are drawn, the first of each stage, named by stage, by series or by both."""
     share = max(COLOURS // max(len(same), 1), 1)
     several = any(len(row["series"]) > 1 for row in same.values())
@@ -244,65 +268,6 @@ def _lines(same: dict[str, Json], words: dict[str, str]) -> list[Line_]:
             label = own if len(same) == 1 else f"{words[stage]}, {own}" if several else words[stage]
             lines.append((short(label, 40), series))
     return lines
-
-
-def _roc(id_: str, title: str, curve: Json, lines: Sequence[Line_], source: str) -> list[Block]:
-    points = [(label, list(zip(series["x"], series["y"], strict=True))) for label, series in lines]
-    x = curve["x"]["label"] or "false-positive rate"
-    y = curve["y"]["label"] or "true-positive rate"
-    smallest = figures.resolution(found for _, found in points)
-    rates = [smallest] if smallest is not None and smallest < 1 else []
-    rates += [rate for rate in RATES if smallest is not None and rate > smallest * (1 + 1e-9)]
-    cells = [[figures.found_at(found, rate) for _, found in points] for rate in rates]
-    said = "; ".join(
-        f"{label}: " + ", ".join(f"{number(row[at])} at {number(rate)}" for rate, row in zip(rates, cells, strict=True))
-        for at, (label, _) in enumerate(points)
-    )
-    caption = (
-        f"{title}. Both axes are logarithmic and begin at the smallest false-positive rate that can be told apart."
-    )
-    svg = figures.roc(id_, f"{title}; the table below holds the data", points, x, y)
-    rows = [
-        [Cell(number(rate)), *(number_cell(value) for value in row)] for rate, row in zip(rates, cells, strict=True)
-    ]
-    columns = (sentence_case(x), *(label for label, _ in lines))
-    data = table(f"{title}: {y} by {x}", columns, rows, source, range(1, len(columns)))
-    return [Chart(svg, caption, f"{title}. {sentence_case(y)} at a {x}: {said or 'none'}."), data]
-
-
-def _plot(id_: str, title: str, curve: Json, lines: Sequence[Line_], source: str) -> list[Block]:
-    drawn = [
-        Curve(
-            label,
-            list(zip(series["x"], series["y"], strict=True)),
-            band=[
-                (x, low, high)
-                for x, low, high in zip(series["x"], series["low"] or [], series["high"] or [], strict=True)
-                if low is not None and high is not None
-            ]
-            if series["low"]
-            else (),
-        )
-        for label, series in lines
-    ]
-    x, y = (Axis(curve[axis]["label"], log=curve[axis]["scale"] == "log") for axis in ("x", "y"))
-    places = sorted({at for line in drawn for at, _ in line.points})
-    step = max(len(places) - 1, 1) / (ROWS - 1)
-    kept = places if len(places) <= ROWS else [places[round(index * step)] for index in range(ROWS)]
-    values = [dict(line.points) for line in drawn]
-    rows = [[Cell(number(at)), *(number_cell(value.get(at)) for value in values)] for at in kept]
-    ends = "; ".join(
-        f"{line.label}: from {number(line.points[0][1])} at {number(line.points[0][0])} "
-        f"to {number(line.points[-1][1])} at {number(line.points[-1][0])}"
-        for line in drawn
-        if line.points
-    )
-    shaded = " Shaded: the intervals." if any(line.band for line in drawn) else ""
-    columns = (sentence_case(x.label) or "x", *(label for label, _ in lines))
-    data = table(f"{title}: {y.label or 'values'}", columns, rows, source, range(1, len(columns)))
-    data = replace(data, omitted=len(places) - len(kept), total=len(places))
-    svg = figures.curves(id_, f"{title}; the table below holds the data", drawn, x, y)
-    return [Chart(svg, f"{title}.{shaded}", f"{title}. {y.label} by {x.label}: {ends}."), data]
 
 
 def _tables(name: str, found: dict[str, Json], words: dict[str, str], room: Room) -> list[Block]:

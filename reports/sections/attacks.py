@@ -1,13 +1,15 @@
-"""Sections 6 and 10: what was tried to get the records out, and what was not."""
+"""Section 6: what was tried to get the records out, and what was not."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from reports.arms import arm_words, edited, present_arms
 from reports.attacks import STAGES
 from reports.blocks import Block, Cell, Line, Prose, Table, figure_cell, table
-from reports.sections.attack_details import details
+from reports.durability import collateral, on_the_edit, relearning_curve
+from reports.sections.attack_details import Room, details
 from reports.text import (
     ACCESS,
     Json,
@@ -22,6 +24,7 @@ from reports.text import (
     plural,
     sentence_case,
     short,
+    stress_group,
     unit_words,
 )
 
@@ -40,17 +43,13 @@ def attacks(report: Json, audience: str) -> list[Block] | str:
         return "no attack was planned or reported in this run"
     reading = _reading(report)
     blocks: list[Block] = [*confounded_note(report), _by_goal(report), *([Prose(reading)] if reading else [])]
-    return [*blocks, *details(report)] if audience == "engineer" else blocks
-
-
-def robustness(report: Json) -> list[Block] | str:
-    """The attacks on the edit's durability; the reason alone when none was planned."""
-    part = report["robustness"]
-    rows = [row for row in report["attacks"] if row["name"] in part["attacks"]]
-    if not rows or not edited(report):
-        return str(part["reason"])
-    blocks: list[Block] = [Prose(f"not run: {part['reason']}.")] if part["status"] == "not_run" else []
-    return [*blocks, _durability(report, rows)]
+    if audience != "engineer":
+        return blocks
+    on_edit = {row["name"] for row in on_the_edit(report)}
+    apart = on_edit | {row["name"] for row in collateral(report)}
+    room = Room(charts=12, letters=120_000)  # of their own, or a long suite would leave none
+    tested = details(report, only=on_edit, drawn=relearning_curve(report), room=room) if on_edit else []
+    return [*blocks, *details(report, apart), *tested]
 
 
 def confounded(report: Json) -> dict[str, str]:
@@ -109,10 +108,15 @@ def _reading(report: Json) -> str:
 
 
 def _by_goal(report: Json) -> Table:
-    """Attacks that ran under the heading of their family, by access; at the end those that did not, by reason."""
+    """Attacks that ran under the heading of their family, by access; those on the edit itself by name alone, since
+    they have their own section; at the end those that did not run, by reason.
+    """
     words, present = arm_words(report), present_arms(report)
+    on_edit = on_the_edit(report)
+    elsewhere = {row["name"] for row in (*on_edit, *collateral(report))}
+    here = [row for row in report["attacks"] if row["name"] not in elsewhere]
     rows = sorted(  # stable: the suite's order within one access
-        (row for row in report["attacks"] if row["status"] == "run"),
+        (row for row in here if row["status"] == "run"),
         key=lambda row: (*attack_order(row["name"]), row["access"]),
     )
     doubtful = confounded(report)
@@ -122,8 +126,9 @@ def _by_goal(report: Json) -> Table:
         if not index or family_of(rows[index - 1]["name"]) != family:
             lines.append(Line([Cell(family_label(family))], "group"))
         lines.append(_line(report, row, present, doubtful.get(row["name"])))
-    absent = not_run(report["attacks"])
-    count = sum(row["status"] != "run" for row in report["attacks"])
+    lines += _pointers(on_edit)
+    absent = not_run(here)
+    count = sum(row["status"] != "run" for row in here)
     if absent:
         lines.append(Line([Cell(f"Not run: {plural(count, 'attack')}")], "group"))
     for reason, names in absent.items():
@@ -133,18 +138,41 @@ def _by_goal(report: Json) -> Table:
     return table("Attacks by goal and access", columns, lines, "attacks[]", most=MOST, brief=False)
 
 
+def _pointers(rows: Sequence[Json]) -> list[Line]:
+    """A line for each kind of attack on the edit: their names, their figures are in section 10."""
+    if not rows:
+        return []
+    ran = sum(row["status"] == "run" for row in rows)
+    spared = f", {len(rows) - ran} not run" if ran < len(rows) else ""
+    kinds: dict[str, list[str]] = {}
+    for row in rows:
+        kinds.setdefault(stress_group(row["name"])[0], []).append(f"{attack_label(row['name'])} ({row['access']})")
+    heading = f"Attacks on the edit itself: {ran} run{spared}; figures and outcomes in section 10"
+    return [
+        Line([Cell(heading)], "group"),
+        *(Line([Cell(kind), Cell("; ".join(names))], "span") for kind, names in kinds.items()),
+    ]
+
+
 def _line(report: Json, row: Json, present: str, doubt: str | None) -> Line:
-    head = [Cell(short(attack_label(row["name"]), 60), _purpose(row)), Cell(short(row["access"], 20))]
+    head = [Cell(short(attack_label(row["name"]), 60), purpose(row)), Cell(short(row["access"], 20))]
     if all(row["arms"][arm] is None for arm in present):
         reason = row["reason"] or "run; it yields no figure on these arms"
         return Line([*head, Cell(short(reason, 300), tone="muted")], "span")
     notes = [_unit(row), "confounded: the blind test tells the sets apart" if doubt else ""]
-    figure = Cell(short(sentence_case(_figure_title(report, row)), 100), "\n".join(text for text in notes if text))
-    cells = [figure_cell(row["arms"][arm], row["metric"] or "") for arm in present]
-    return Line([*head, figure, *cells, *([_residual(row["residual"])] if edited(report) else [])])
+    figure = Cell(short(sentence_case(figure_title(report, row)), 100), "\n".join(text for text in notes if text))
+    cells = [_arm_cell(row, arm) for arm in present]
+    return Line([*head, figure, *cells, *([residual_cell(row["residual"])] if edited(report) else [])])
 
 
-def _figure_title(report: Json, row: Json) -> str:
+def _arm_cell(row: Json, arm: str) -> Cell:
+    """A figure over its interval; after that without the attack, where the attack gives both."""
+    cell = figure_cell(row["arms"][arm], row["metric"] or "")
+    before = (row["plain"][arm] or {}).get("value")
+    return cell if before is None else replace(cell, text=f"{number(before)} → {cell.text}")
+
+
+def figure_title(report: Json, row: Json) -> str:
     """What the headline figure is called: by the attack's own result, or by the figure's name."""
     for stage in reversed(STAGES):
         detail = (report["run"]["attacks"][stage] or {}).get(row["name"])
@@ -158,33 +186,16 @@ def _unit(row: Json) -> str:
     return unit_words(unit)
 
 
-def _durability(report: Json, rows: Sequence[Json]) -> Table:
-    """Attacks that ran, then those that did not; each part under its own heading when there are both."""
-    words, present = arm_words(report), present_arms(report)
-    ran = [row for row in rows if row["status"] == "run"]
-    other = [row for row in rows if row["status"] != "run"]
-    lines = []
-    for heading, part in (("Run", ran), ("Not run", other)):
-        lines += [Line([Cell(heading)], "group")] if ran and other else []
-        for row in part:
-            if row["status"] == "run":
-                lines.append(_line(report, row, present, None))
-            else:
-                head = [Cell(short(attack_label(row["name"]), 60), _purpose(row)), Cell(short(row["access"], 20))]
-                lines.append(Line([*head, Cell(f"not run: {short(row['reason'], 300)}", tone="muted")], "span"))
-    columns = ("Attack", "Access", "Figure", *(words[arm][0] for arm in present), "Residual")
-    return table("Attacks on the edit's durability", columns, lines, "attacks[]")
-
-
-def _purpose(row: Json) -> str:
+def purpose(row: Json, *, budget: bool = True) -> str:
     """Goal and budget on the second line."""
-    budget = row["budget"]
-    words = f"{number(budget)} queries" if isinstance(budget, int | float) else plain(budget) if budget else ""
+    spent = row["budget"] if budget else None
+    words = f"{number(spent)} queries" if isinstance(spent, int | float) else plain(spent) if spent else ""
     goal = "" if row["goal"] == "unspecified" else row["goal"]
     return " ".join(short(text[0].upper() + text[1:], 120) for text in (goal, words) if text)
 
 
-def _residual(residual: Json | None) -> Cell:
+def residual_cell(residual: Json | None) -> Cell:
+    """A residual over its interval, or why it has none."""
     if residual is None:
         return Cell("n/a", tone="muted")
     if residual["status"] != "ok":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reports.blocks import ROWS, Block, Items, Prose
+from reports.durability import collateral
 from reports.sections.attacks import confounded_note, not_run
 from reports.sections.utility import over_forgetting
 from reports.text import CLAIM_LEVELS, Json, number, plural, sentence_case, short
@@ -68,7 +69,9 @@ def limits(report: Json) -> list[Block]:
         blocks.append(Prose(f"Worst record: {short(worst['id'], 60)}, probability {number(value)}{verdict}{hit}."))
     if report["utility"]["status"] == "not_run":
         blocks += over_forgetting(report)
-    missing = [f"{sentence_case(short(reason, 300))}: {names}" for reason, names in not_run(report["attacks"]).items()]
+    apart = {row["name"] for row in collateral(report)}
+    rows = [row for row in report["attacks"] if row["name"] not in apart]
+    missing = [f"{sentence_case(short(reason, 300))}: {names}" for reason, names in not_run(rows).items()]
     none_missing = ["Every planned attack ran. An attack that was not planned is not listed."]
     return [
         *blocks,

@@ -47,6 +47,10 @@ def _hits(report: Json, stages: Stages) -> list[Block]:
     names = {name for row in rows for stage, _ in tried for name in (row[stage] or {}).get("hits") or ()}
     if names & confounded(report).keys():
         text += f" {CONFOUNDED} (section Attacks): what they flag is no evidence."
+    teaching = sorted(names & set((report.get("robustness") or {}).get("re_teaching") or ()))
+    if teaching:
+        labels = ", ".join(attack_label(name) for name in teaching[:NAMED])
+        text += f" Never-seen records rose as well under {labels}: what they get out is no evidence."
     if not any(counts):
         return [Prose(text)]
     tried.sort(key=lambda item: "UORN".index(item[1]))  # the state that decides the order comes first

@@ -5,7 +5,7 @@ from __future__ import annotations
 from reports.arms import arms, known_metrics
 from reports.blocks import Block, Cell, Dates, Facts, Items, Prose, Section
 from reports.sections.request import out_of_scope, request_dates
-from reports.text import Json, family_of, figure_parts, plain, plural, short, words_of
+from reports.text import Json, family_of, figure_parts, plain, plural, short, stress_group, words_of
 
 REQUEST_KINDS = {
     "erasure": "to have your data removed from an AI model",
@@ -108,6 +108,11 @@ def _results(report: Json) -> list[str]:
     return sentences if len(sentences) > 1 else [*sentences, "No test gave a count that can be stated here."]
 
 
+def _either(ways: list[str]) -> str:
+    """`a`, or `a, by b, or by c`."""
+    return ways[0] + "".join(f", by {text}" for text in ways[1:-1]) + (f", or by {ways[-1]}" if ways[1:] else "")
+
+
 def _count(figure: Json, metric: str) -> str:
     return "none" if figure["value"] == 0 else figure_parts(figure, metric)[0]
 
@@ -117,10 +122,12 @@ def _possible(report: Json) -> list[str]:
     stage = "after" if edited else "before"
     repeated = any(f"extracted {stage}" in row["flags"] for row in report["records"])
     hits = {name for row in report["records"] for name in (row[stage] or {}).get("hits") or ()}
+    ways = dict.fromkeys(stress_group(name)[1] for name in report["robustness"]["recovering"] if edited)
     brought = not repeated and any(family_of(name) in BROUGHT_OUT for name in hits)
     return [
         *(["The tested model can still repeat at least one of the records."] if repeated else []),
         *(["With more effort, at least one of the records, or a close copy of it, was still got out."] * brought),
+        *([f"The information, or part of it, could be brought back by {_either(list(ways))}."] if ways else []),
         "The tests try likely ways to make the model repeat a record. They cannot try every way.",
         *(["Copies of the model made earlier, or given to others, are not affected by this change."] if edited else []),
         "The data used to build the model is handled separately from the model.",

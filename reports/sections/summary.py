@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from reports.arms import arms, edited, known_metrics
 from reports.blocks import TONES, Block, Cards, Cell, Prose, figure_cell, table
-from reports.text import Json, figure_parts, metric_label, number, plural, short, words_of
+from reports.sections.forgotten import finding
+from reports.text import Json, attack_label, figure_parts, metric_label, number, plural, short, words_of
 
 STATUS_WORDS = {"met": "met", "not met": "not met", "inconclusive": "not decided"}
 
@@ -22,9 +23,12 @@ def sentence(report: Json) -> str:
 
 
 def summary(report: Json) -> list[Block]:
-    """Cards with the headline figure, the worst record, the cost and the criteria; then the table of criteria."""
+    """Cards with the headline figure, the worst record, the cost and the criteria; whether the edit forgot or hid; the
+    table of criteria.
+    """
+    opening: list[Block] = [_cards(report), *finding(report, "Forgotten or hidden (section 10)? ")]
     if not report["criteria"]:
-        return [_cards(report), Prose("not run: no criterion was decided in this run", "open")]
+        return [*opening, Prose("not run: no criterion was decided in this run", "open")]
     lines = [
         (
             Cell(short(row["id"], 24), "" if row["required"] else "optional"),
@@ -36,7 +40,7 @@ def summary(report: Json) -> list[Block]:
         for row in report["criteria"]
     ]
     return [
-        _cards(report),
+        *opening,
         table("Criteria", ("Id", "Criterion", "Observed", "Status", "Reason"), lines, "criteria[]"),
     ]
 
@@ -87,4 +91,7 @@ def _rule(row: Json) -> str:
         "noninferiority": f"not worse than {than} by more than {number(row['margin'])}",
         "equivalence": f"equivalent to {than} within {number(row['margin'])}",
     }.get(row["test"], row["test"])
+    if row["attack"]:
+        under = "every attack on the edit" if row["attack"] == "all" else attack_label(row["attack"])
+        return f"{metric_label(row['metric'])} under {under}: {rule}"
     return f"{metric_label(name)}, {words_of(row['aggregate'])}: {rule}"

@@ -21,7 +21,8 @@ import reports
 from reports import ReportError, attack_schema, build, check, load_report, report_schema, write
 from reports.blocks import Chart, Items
 from reports.build import dumps
-from reports.sections.attack_details import ROWS, Room
+from reports.sections.attack_charts import ROWS
+from reports.sections.attack_details import Room
 from tests.reports.synthetic import HOSTILE, PROBES, digest, dump, write_attack_run, write_probe_run, write_run
 from tests.reports.synthetic_attacks import (
     ATTACKS,
@@ -407,7 +408,8 @@ def test_attacks_are_grouped_by_family_and_access(runs: dict[str, Path]) -> None
     heads = re.findall(r"^\| \*\*(.*?)\*\* \|", text, re.M)
     expected = ["Verbatim extraction", "Recollection", "Near-verbatim extraction", "Untargeted extraction"]
     expected += ["Exposure of canaries", "Personal data", "Membership inference", "Memory", "Near-duplicates"]
-    assert heads == [*expected, f"Not run: {5 + len(NOT_RUN)} attacks"]
+    expected += ["Attacks on the edit itself: 0 run, 2 not run; figures and outcomes in section 10"]
+    assert heads == [*expected, f"Not run: {3 + len(NOT_RUN)} attacks"]
     group = text.split("| **Verbatim extraction** |")[1].split("| **")[0]
     names = re.findall(r"^\| (Verbatim: \w+).*?\| (A\d) \|", group, re.M)
     assert names == [
@@ -581,7 +583,7 @@ def test_a_long_line_is_thinned_in_its_table(tmp_path: Path) -> None:
     write(run)
     table = document(run, "attack.md").split("**Verbatim: sweep: Long: y**")[1]
     shown = [line_of(line, "")[0] for line in table.splitlines() if re.match(r"\| \d", line)][:ROWS]
-    assert (len(shown), shown[0], shown[-1]) == (ROWS, "0.000", "99.00")
+    assert (len(shown), shown[0], shown[-1]) == (ROWS, "0", "99")
     assert f"{100 - ROWS} more in attack.json." in table
 
 

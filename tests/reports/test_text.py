@@ -132,7 +132,7 @@ def test_words() -> None:
         ("near_verbatim.mass", "Near-verbatim: mass", "Near-verbatim extraction"),
         ("pii.inference", "PII: inference", "Personal data"),
         ("membership.min_k_plus_plus", "Membership: Min-K%++", "Membership inference"),
-        ("hidden_knowledge", "Hidden knowledge", "Hidden knowledge"),
+        ("hidden_knowledge", "Hidden knowledge", "Knowledge inside the model"),
         ("my_own.attack_two", "My own: attack two", "My own"),
     ],
 )

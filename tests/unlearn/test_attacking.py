@@ -637,7 +637,7 @@ def wrong(world: World, given: Given, folder: Path) -> dict[str, tuple[list[obje
         "reference-itself": (["membership.rmia", world.planted, *base, "--reference", world.planted], "itself"),
         "records-missing": (loss, "records"),
         "no-name": (["membership.nothing", world.planted, *base], "unlearn ls attacks"),
-        "planned": (["recovery.pruning", world.planted, *base], "not part of this version"),
+        "planned": (["model_inversion", world.planted, *base], "not part of this version"),
         "setting-unknown": ([*sweep, "--set", "Zqcanary=1"], "not known"),
         "setting-kind": ([*sweep, "--set", "starts=Zqcanary"], "whole number"),
         "setting-range": ([*sweep, "--set", "starts=99"], "less"),

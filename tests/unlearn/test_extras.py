@@ -12,7 +12,7 @@ from probes.errors import UsageError
 from tests.conftest import World
 from unlearn import api
 from unlearn.disk import file_sha256
-from unlearn.records.extras import Canary, read_canaries, read_candidates
+from unlearn.records.extras import Canary, read_canaries, read_candidates, read_paraphrases
 
 CANARY = {"id": "Vkpigeon", "prompt": "Zqcanary:", "format": "{digits:3}", "secret": "417"}
 SECRETS = ("zqcanary", "vkpigeon", "xjwhistle", "417")
@@ -90,6 +90,31 @@ def test_wrong_candidates_by_line(row: Any, words: str, tmp_path: Path) -> None:
     assert "wrong.jsonl:2: " in message
 
 
+def test_paraphrases_by_record(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", {"id": "a", "prompts": ["x?", "\u00bfx?"]}, "", {"id": "b", "prompts": ["y?"]})
+    assert read_paraphrases(path) == {"a": ["x?", "\u00bfx?"], "b": ["y?"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"id": "b", "prompts": []}, "non-empty list of texts"),
+        ({"id": "b", "prompts": "Xjwhistle"}, "non-empty list of texts"),
+        ({"id": "b", "prompts": ["Xjwhistle", "Xjwhistle"]}, "different non-empty texts"),
+        ({"id": "b", "prompts": ["Xjwhistle", " \n"]}, "different non-empty texts"),
+        ({"id": "b", "prompts": ["Xjwhistle", 417]}, "different non-empty texts"),
+        ({"id": "a", "prompts": ["Xjwhistle"]}, "no earlier line"),
+        ({"id": "b", "candidates": ["Xjwhistle"]}, "expected the fields id, prompts"),
+    ],
+)
+def test_wrong_paraphrases_by_line(row: Any, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "wrong.jsonl", {"id": "a", "prompts": ["x"]}, "", row)
+    message = refused(read_paraphrases, path)
+    assert words in message
+    assert "wrong.jsonl:3: " in message
+    assert message.startswith("paraphrases: 1 mistake\n")
+
+
 def test_every_mistake_at_once(tmp_path: Path) -> None:
     rows = [CANARY | {"id": f"c{i}", "secret": i} for i in range(60)]
     message = refused(read_canaries, write(tmp_path / "wrong.jsonl", *rows))
@@ -97,7 +122,7 @@ def test_every_mistake_at_once(tmp_path: Path) -> None:
     assert message.endswith("and 10 more")
 
 
-@pytest.mark.parametrize("read", [read_canaries, read_candidates])
+@pytest.mark.parametrize("read", [read_canaries, read_candidates, read_paraphrases])
 def test_files_that_cannot_be_read(read: Any, tmp_path: Path) -> None:
     assert "found none that can be read" in refused(read, tmp_path / "Zqcanary-absent.jsonl")
     assert "found none that can be read" in refused(read, tmp_path)

@@ -101,6 +101,8 @@ def test_the_template_is_valid_with_every_option_taken(folder: Path) -> None:
     """Every commented key, uncommented; the digests it elides are filled in."""
     digest = hashlib.sha256((folder / "records.jsonl").read_bytes()).hexdigest()
     (folder / "corpus.jsonl").write_text('{"text": "t"}\n')
+    (folder / "related.jsonl").write_text('{"text": "t"}\n')
+    (folder / "paraphrases.jsonl").write_text('{"id": "a", "prompts": ["p"]}\n')
     lines = []
     for line in template().splitlines()[3:]:
         head, _, rest = line.partition("# ")
@@ -114,7 +116,7 @@ def test_the_template_is_valid_with_every_option_taken(folder: Path) -> None:
     assert request.data.sha256 == f"sha256:{digest}"
     assert request.data.format().by_column["question"] == "prompt"
     assert request.method.overrides == {"alpha": 10.0}
-    assert [role for role, _, _ in record_sets(request)] == ["records", "control", "retain"]
+    assert [role for role, _, _ in record_sets(request)] == ["records", "control", "retain", "related"]
     assert criteria_for(request, "causal_lm") == request.criteria
     assert len(request.criteria) == 3
     unset_data = set(type(request.data).model_fields) - request.data.model_fields_set
@@ -183,13 +185,15 @@ def test_every_shipped_preset_is_valid() -> None:
 def test_suites_name_what_was_not_tried() -> None:
     for name in ("quick", "standard", "deep"):
         suite = load_suite(name)
-        entries = {attack.name for attack in suite.attacks}
+        entries = {attack.name for attack in (*suite.attacks, *suite.reaudit)}
         assert any(catalogue()[entry].runner is None for entry in entries)
         for family in ("membership", "pii", "inversion", "reconstruction", "exfiltration", "regurgitation"):
             assert name == "quick" or any(family in entry for entry in entries), family
         assert suite.confirm
-    everything = {attack.name for attack in load_suite("deep").attacks}
-    assert set(catalogue()) - everything == {"memory.counterfactual"}  # it trains models: asked for by name alone
+    deep = load_suite("deep")
+    everything = {attack.name for attack in (*deep.attacks, *deep.reaudit)}
+    # one trains models, the other brings data of its own: asked for by name alone
+    assert set(catalogue()) - everything == {"memory.counterfactual", "collateral.lm_eval"}
 
 
 def test_the_default_policy_has_criteria_for_every_run_and_model() -> None:
@@ -202,7 +206,9 @@ def test_the_default_policy_has_criteria_for_every_run_and_model() -> None:
         ("extraction.greedy", "rate", "upper95", 0.1, None, None, "records"),
         ("probability", "mean", "noninferiority", None, 0.05, "control", "records"),
         ("loss", "mean", "noninferiority", None, 0.1, "before", "retain"),
+        ("residual", "mean", "upper95", 0.1, None, None, "records"),
     ]
+    assert lm[-1].attack == "all"
 
 
 def test_every_registered_editor_has_a_preset() -> None:
@@ -281,7 +287,7 @@ governance: {{retain_report_until: {CANARY}}}
         21: "`checkpoint.trained_on_records`: expected one of 'known', 'believed' or 'unknown'",
         22: "`control`: expected a mapping",
         23: "`retain.path` is missing",
-        24: "`method.name`: expected one of kfac, ssd, svd",
+        24: f"`method.name`: expected one of {', '.join(sorted(EDITORS))}",
         25: "`suite`: expected one of deep, quick, standard",
         26: "`policy`: expected an existing file",
         28: "`criteria[1].metric`: expected one of ",

@@ -36,6 +36,11 @@ class AttackRun(Pipeline):
     def _inputs(self) -> None:
         (entry,) = self.job.suite["attacks"]
         declaration = catalogue()[entry["name"]]
+        if "edited" in declaration.needs:
+            raise UsageError(
+                f"expected an attack on one checkpoint, found that {entry['name']} compares an edited copy with its "
+                "original; it runs within `unlearn forget`"
+            )
         given = {*self.job.sources, *self.live.records, *self.job.inputs} | {"text", "chat_template", "control"}
         given |= {"reference"} if self.job.reference else set()
         lacking = [NEEDS.get(need, need) for need in declaration.needs if need not in given]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -101,6 +101,18 @@ class Result:
                 interval = statistics.mean_interval(numbers, named(groups), level=LEVEL, bounds=bounds, seed=seed)
                 target[key] = as_figure(interval, unit, direction)
 
+    def stored(self) -> dict[str, Any]:
+        """Everything but what holds text, as plain numbers and words."""
+        kept = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "private"}
+        columns = {side: {name: [_plain(v) for v in values] for name, values in kept[side].items()} for side in SIDES}
+        return kept | columns
+
+    @classmethod
+    def restored(cls, stored: dict[str, Any]) -> Result:
+        """The result that `stored` was made of."""
+        bounds = stored["bounds"]
+        return cls(**stored | {"bounds": None if bounds is None else (bounds[0], bounds[1])})
+
     def document(
         self, name: str, settings: dict[str, Any], cost: dict[str, Any], confounded: str | None
     ) -> dict[str, Any]:
@@ -125,6 +137,13 @@ class Result:
             "cost": cost,
             "notes": self.notes,
         }
+
+
+SIDES = ("records", "controls")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def point(value: float, unit: str, n: int, direction: Direction = "lower") -> Figure:

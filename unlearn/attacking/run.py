@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -15,10 +17,15 @@ import pandas as pd
 
 from probes import statistics
 from probes.errors import ResourceError, UnsupportedError, UsageError
-from unlearn.attacking.result import Result, as_figure, frame
+from unlearn.attacking.result import Result, frame
 from unlearn.attacking.views import Views
-from unlearn.evidence.measure import Measured, Settings
+from unlearn.evidence.measure import Measured, Settings, records_digest
+from unlearn.evidence.metrics import residual_figure
+from unlearn.evidence.stress import ERROR, Arms, Judged, judge, summarise
+from unlearn.records.files import as_row
 from unlearn.requests.attacks import BUILT_IN, NEEDS, Declaration, Size, catalogue, passes, within
+from unlearn.runs import cache
+from unlearn.runs.folder import digest
 from unlearn.workspace import Workspace
 
 Runner = Callable[[Views, dict[str, Any]], Result]
@@ -28,6 +35,7 @@ FIGURES = {
     "verbatim.strength": "extraction_strength",
     "recollection.probability": "probability",
 }
+VERSION = "1"  # of what attacks on an edit's durability give; part of every key in the store
 _OWN = {declaration.name for declaration in BUILT_IN}
 
 
@@ -41,6 +49,12 @@ def size_of(workspace: Workspace) -> Size:
     return Size(records.get("n", 0), control.get("n", 0), max(1.0, tokens), canaries)
 
 
+def entries_of(workspace: Workspace) -> list[dict[str, Any]]:
+    """The suite's attacks, then those that test an edit."""
+    suite = workspace.job.suite
+    return [*suite["attacks"], *suite.get("reaudit", ())]
+
+
 def lacking(declaration: Declaration, views: Views) -> str | None:
     """Why an attack cannot run here, in words; None where it can."""
     if declaration.runner is None:
@@ -49,18 +63,26 @@ def lacking(declaration: Declaration, views: Views) -> str | None:
         return "not defined for this kind of model"
     if declaration.once and views.stage != "before":
         return "it does not depend on the model; see the checkpoint as given"
+    job = views.workspace.job
+    if job.kind == "audit" and any(declaration.name == entry["name"] for entry in job.suite.get("reaudit", ())):
+        return f"it tests an edit: `unlearn forget` runs it, or `unlearn attack {declaration.name}`"
     present: dict[str, Callable[[], bool]] = {
         "records": lambda: views.has("records"),
         "control": lambda: views.has("control"),
         "reference": lambda: views.has_reference,
+        "retain": lambda: views.has("retain"),
+        "related": lambda: views.has("related"),
+        "edited": lambda: views.edited,
         "text": lambda: views.text,
         "chat_template": lambda: bool(getattr(views.tokenizer, "chat_template", None)),
     }
-    inputs = views.workspace.job.inputs
+    inputs = job.inputs
     for need in declaration.needs:
         if not (present[need]() if need in present else need in inputs):
             if need == "reference" and views.stage == "reference":
                 return "this is the reference"
+            if need == "edited" and job.kind == "forget":
+                return "it compares the edited copy with the original; see the edited copy"
             return f"it needs {NEEDS.get(need, need)}"
     return None
 
@@ -81,7 +103,7 @@ def run_attacks(
         One row for each attack of the suite, for `metrics.json`.
     """
     views = Views(workspace, stage, which, measured, settings)
-    entries = workspace.job.suite["attacks"]
+    entries = entries_of(workspace)
     reasons, size = _planned(views), size_of(workspace)
     if workspace.job.kind == "attack" and stage == "before":
         for name, reason in reasons.items():
@@ -93,18 +115,19 @@ def run_attacks(
         if reasons[name] is None:
             workspace.doing(name, number, len(entries))
             try:
-                found[name] = _call(catalogue()[name], views, entry)
+                found[name] = _result(catalogue()[name], views, entry)
             except (UsageError, UnsupportedError, ResourceError) as error:
                 if workspace.job.kind == "attack" and stage == "before":
                     raise
                 reasons[name] = " ".join(str(error).splitlines())
+    views.release()
     _write(workspace, stage, views, found, {entry["name"]: entry for entry in entries}, size)
     return [_row(catalogue()[entry["name"]], reasons[entry["name"]], found, views.task) for entry in entries]
 
 
 def _planned(views: Views) -> dict[str, str | None]:
     """Why each attack of the suite will not run; None for those that will."""
-    entries, size = views.workspace.job.suite["attacks"], size_of(views.workspace)
+    entries, size = entries_of(views.workspace), size_of(views.workspace)
     reasons = {entry["name"]: lacking(catalogue()[entry["name"]], views) for entry in entries}
     could = [entry for entry in entries if reasons[entry["name"]] is None]
     budget = views.workspace.job.suite.get("budget")
@@ -116,7 +139,7 @@ def _planned(views: Views) -> dict[str, str | None]:
 def estimate(workspace: Workspace, settings: Settings) -> str:
     """What the suite's attacks on the checkpoint as given will cost at most, in words."""
     reasons = _planned(Views(workspace, "before", "checkpoint", None, settings))
-    entries = [entry for entry in workspace.job.suite["attacks"] if reasons[entry["name"]] is None]
+    entries = [entry for entry in entries_of(workspace) if reasons[entry["name"]] is None]
     size = size_of(workspace)
     shared, alone = passes(entries, size)
     over = sum(reason is not None and reason.startswith("over the budget") for reason in reasons.values())
@@ -125,6 +148,38 @@ def estimate(workspace: Workspace, settings: Settings) -> str:
     cut = f"; {over} over the budget" if over else ""
     count = f"{len(entries)} attack{'s' * (len(entries) != 1)}"
     return f"{count}: at most {shared:.1f} {unit} for each model{saved}{cut}"
+
+
+def _result(declaration: Declaration, views: Views, entry: dict[str, Any]) -> Result:
+    """What an attack finds, from the store where it was found before under the same conditions.
+
+    Attacks on an edit's durability are kept: the original and the reference stay the same over many requests. What
+    holds text is not.
+    """
+    if not declaration.stress or "edited" in declaration.needs or declaration.name not in _OWN:
+        return _call(declaration, views, entry)
+    loaded, settings, sets = views.loaded, views.settings, views.workspace.sets()
+    key = cache.key_of(
+        kind="attack",
+        version=VERSION,
+        attack=entry,
+        tensors=loaded.tensor_digest,
+        tokenizer=loaded.tokenizer_digest,
+        settings=settings.as_dict(),
+        data={role: records_digest(records) for role, records in sets.items()},
+        clusters={role: [record.group for record in records] for role, records in sets.items()},
+        text=digest([[as_row(record) for record in views.raw(role) or []] for role in sets]),
+        edited_from=views.workspace.checkpoint("checkpoint").tensor_digest() if views.edited else None,
+        inputs={what: views.workspace.run.input_digest(what) for what in views.workspace.job.inputs},
+        reference=views.workspace.job.reference is not None,
+    )
+    hit = cache.lookup(key, ".json")
+    if hit is not None:
+        return Result.restored(json.loads(hit.read_text()))
+    result = _call(declaration, views, entry)
+    if not result.private:
+        cache.keep(key, ".json", json.dumps(result.stored()).encode())
+    return result
 
 
 def _call(declaration: Declaration, views: Views, entry: dict[str, Any]) -> Result:
@@ -233,61 +288,114 @@ def read_attacks(workspace: Workspace, stage: str) -> tuple[dict[str, dict[str, 
 
 def attack_arms(
     workspace: Workspace, clusters: Mapping[str, Sequence[str | None]], edited: bool
-) -> dict[str, dict[str, Any]]:
-    """Arms O, U, N, R of every attack's headline, and the residual where an edit was made.
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
+    """Arms O, U, N, R of every attack's headline and, where an edit was made, the residual and what follows from it.
 
     Args:
         workspace: the run.
         clusters: of `records` and `control`.
         edited: whether there is an edited copy.
+
+    Returns:
+        By attack: `arms`, `plain` (the same figure without the attack), `residual`, `stress`; and what the attacks on
+        the edit's durability say together, None without an edit (`unlearn.evidence.stress`).
     """
-    before, before_tables = read_attacks(workspace, "before")
-    after, after_tables = read_attacks(workspace, "after")
-    reference, _ = read_attacks(workspace, "reference")
-    current, tables = (after, after_tables) if edited else (before, before_tables)
+    stages = {stage: _Stage.read(workspace, stage) for stage in ("before", "after", "reference")}
+    before, after, reference = stages.values()
+    current = after if edited else before
+    seed = workspace.job.options.seed
+    columns = {name: _arms_of(name, before, after, reference) for name in after.documents}
     arms: dict[str, dict[str, Any]] = {}
-    for name in before | after | reference:
-        document = before.get(name) or after.get(name) or reference[name]
-        key = document["headline"]
+    for name in before.documents | after.documents | reference.documents:
+        headline = current.headline(name) or before.headline(name) or reference.headline(name)
 
-        def figure(documents: dict[str, Any], part: str, name: str = name, key: str | None = key) -> Any:
-            return (documents.get(name) or {}).get(part, {}).get(key) if key else None
+        def figures(key: str | None, name: str = name, headline: str | None = headline) -> dict[str, Any]:
+            alone = after.figure(name, "figures", "original") if key == headline else None
+            return {
+                "O": before.figure(name, "figures", key) or alone,
+                "U": after.figure(name, "figures", key) if edited else None,
+                "N": current.figure(name, "control", key),
+                "R": reference.figure(name, "figures", key),
+            }
 
+        bounded = name in columns and after.documents[name]["bounds"] is not None
         arms[name] = {
-            "arms": {
-                "O": figure(before, "figures"),
-                "U": figure(after, "figures") if edited else None,
-                "N": figure(current, "control"),
-                "R": figure(reference, "figures"),
-            },
-            "residual": _residual(name, document, before_tables, tables, clusters, workspace) if edited else None,
+            "arms": figures(headline),
+            "plain": figures("plain"),
+            "residual": _residual(columns.get(name), bounded, clusters, seed) if edited else None,
+            "stress": None,
         }
-    return arms
+    if not edited:
+        return arms, None
+    declared = [name for entry in entries_of(workspace) if catalogue()[name := entry["name"]].stress]
+    read = [name for name in declared if name in after.documents]
+    judged = {}
+    for name in read:
+        found = columns[name]
+        if found is None:
+            open_ = (one.documents.get(name, {}).get("not_resolvable", {}) for one in (after, before))
+            why = next((reason for found in open_ for reason in found.values()), None)
+            judged[name] = Judged("not testable", why or "it gives no figure for single records on all arms")
+        else:
+            judged[name] = judge(found, clusters["records"], clusters["control"], family=len(read), seed=seed)
+        arms[name]["stress"] = judged[name].as_dict(1 - ERROR)
+    return arms, summarise(judged, [name for name in declared if name not in read])
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """Documents by attack and per-record columns by set, of one stage."""
+
+    documents: dict[str, dict[str, Any]]
+    tables: dict[str, pd.DataFrame]
+
+    @classmethod
+    def read(cls, workspace: Workspace, stage: str) -> _Stage:
+        return cls(*read_attacks(workspace, stage))
+
+    def headline(self, name: str) -> str | None:
+        return (self.documents.get(name) or {}).get("headline")
+
+    def figure(self, name: str, part: str, key: str | None) -> Any:
+        return (self.documents.get(name) or {}).get(part, {}).get(key) if key else None
+
+    def column(self, name: str, role: str, column: str | None) -> np.ndarray | None:
+        """[R] values of one column, NaN where a record was not scored; None where there is no such column."""
+        table, key = self.tables.get(role), f"{name}:{column}"
+        if table is None or key not in table:
+            return None
+        return pd.to_numeric(table[key], errors="coerce").to_numpy(dtype=np.float64)
 
 
 def _residual(
-    name: str,
-    document: dict[str, Any],
-    before: dict[str, pd.DataFrame],
-    after: dict[str, pd.DataFrame],
-    clusters: Mapping[str, Sequence[str | None]],
-    workspace: Workspace,
+    arms: Arms | None, bounded: bool, clusters: Mapping[str, Sequence[str | None]], seed: int
 ) -> dict[str, Any] | None:
     """(U - N) / (O - N) of the attack's per-record column."""
-    column, bounds = f"{name}:{document['column']}", document.get("bounds")
-    sources = (before.get("records"), after.get("records"), after.get("control"))
-    if document["column"] is None or any(table is None or column not in table for table in sources):
+    if arms is None:
         return None
-    if bounds is None:
-        return {"status": "not testable", "reason": "the figure has no fixed range; read it through its arms"}
-    values = [table[column].to_numpy(dtype=float) for table in sources if table is not None]
-    estimate = statistics.residual(
-        *values,
-        clusters=clusters["records"],
-        n_clusters=clusters["control"],
-        bounds=tuple(bounds),
-        seed=workspace.job.options.seed,
+    bounds = arms.bounds if bounded else None
+    return residual_figure(arms.o, arms.u, arms.n, clusters["records"], clusters["control"], bounds, seed)
+
+
+def _arms_of(name: str, before: _Stage, after: _Stage, reference: _Stage) -> Arms | None:
+    """Per-record figures on every arm.
+
+    An attack that needs the edited copy has no figure under attack on the original: there O is what the original gives
+    without one, the column `original` of the edited copy's own result.
+    """
+    document = after.documents[name]
+    column, bounds = document["column"], document["bounds"] or (0.0, 1.0)
+    o = before.column(name, "records", column)
+    if o is None:
+        o = after.column(name, "records", "original")
+    u, n = after.column(name, "records", column), after.column(name, "control", column)
+    if column is None or o is None or u is None or n is None:
+        return None
+    return Arms(
+        o=o,
+        u=u,
+        n=n,
+        r=reference.column(name, "records", column),
+        n_plain=after.column(name, "control", "plain"),
+        bounds=(float(bounds[0]), float(bounds[1])),
     )
-    if estimate.interval is None:
-        return {"status": "not testable", "reason": estimate.reason}
-    return as_figure(estimate.interval, "share of O - N") | {"status": "ok", "reason": None}

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from attacks.extraction.continuation import continuations
 from attacks.extraction.untargeted import sample
@@ -21,6 +21,7 @@ from attacks.membership.blind import Blind, Matched, blind_images, blind_test, p
 from attacks.membership.scores import prefixed_records
 from probes.errors import UsageError
 from probes.likelihood import SamplingScheme, TokenTable
+from probes.memorised import of_images, of_texts
 from probes.modelmap import ModelMap
 from probes.records import ImageRecord, TokenRecord
 from probes.sharedprefix import completion_log_probs
@@ -59,6 +60,7 @@ class Views:
         self._which = which
         self._measured = measured
         self._made: dict[Any, Any] = {}
+        self._also: tuple[str, Loaded] | None = None
 
     # -- the model -------------------------------------------------------------------------------------------------
 
@@ -101,6 +103,39 @@ class Views:
         config = self.workspace.checkpoint("checkpoint").config
         return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 20)
 
+    # -- other models ----------------------------------------------------------------------------------------------
+
+    @property
+    def edited(self) -> bool:
+        """Whether this is the edited copy, so that the checkpoint before the edit is there too."""
+        return self._which == "edited"
+
+    def also(self, which: str) -> Loaded:
+        """A second live model beside this one, one at a time: `checkpoint` (before the edit) or `reference`."""
+        if self._also is None or self._also[0] != which:
+            self._also = None  # the one before goes first
+            self._also = (which, self.workspace.load(which))
+        return self._also[1]
+
+    def release(self) -> None:
+        """Let the second model go."""
+        self._also = None
+
+    def original_tensor(self, name: str) -> Tensor:
+        """A parameter as it was before the edit, on the CPU, by its name in the live model.
+
+        It is read from disk, one tensor at a time, where the file holds it under one name in one piece; otherwise from
+        the live original.
+        """
+        source = self.workspace.checkpoint("checkpoint")
+        parameter = self.model.get_parameter(name)
+        places = self._once("disk names", lambda: source.disk_names(self.model)).get(name, ())
+        if len(places) == 1:
+            found = source.load_tensor(places[0])
+            if found.shape == parameter.shape and places[0] == name:
+                return found.to(parameter.dtype)
+        return self.also("checkpoint").model.get_parameter(name).detach().cpu()
+
     # -- records ---------------------------------------------------------------------------------------------------
 
     def has(self, role: str) -> bool:
@@ -129,6 +164,15 @@ class Views:
     def frame(self, role: str = "records") -> pd.DataFrame:
         """Per-record figures of the one pass; empty where there is no such set."""
         return self._one_pass.tables.get(role, pd.DataFrame())
+
+    def plain(self, role: str = "records") -> pd.DataFrame:
+        """The graded figures of `probes.memorised` on the model without an attack, read off the one pass."""
+        frame = self.frame(role)
+        return of_images(frame) if self.task == "image_classification" else of_texts(frame)
+
+    def paraphrases(self) -> dict[str, list[str]]:
+        """Other prompts for each record, by record id, where the run has a file of them."""
+        return self.workspace.paraphrases()
 
     def table(self, role: str = "records") -> TokenTable:
         """The per-token table of the one pass."""

@@ -6,15 +6,14 @@ Used by the demo and by tests: an audit can only be shown to work where the trut
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from torch.nn import functional as F
 
 from probes.modelmap import ModelMap
-from probes.records import TokenRecord, pad, predicting
+from probes.records import TokenRecord
+from probes.training import fit, full, mean_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,50 +55,48 @@ def plant(
         Mean loss per epoch, in nats per token.
     """
     model_map = ModelMap.of(model)
-    wanted = {
-        name
-        for name, _ in model.named_parameters()
-        if (block := model_map.block_of(name)) is not None and block >= how.first_block
-    }
-    if how.first_block == 0:
-        wanted = {name for name, _ in model.named_parameters()}
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=how.learning_rate, weight_decay=0.0)
-    steps = how.epochs * -(-len(records) // how.batch_size)
-    warm_up = max(1, steps // 10)
-    order, shuffle = list(range(len(records))), random.Random(how.seed)
-    model.eval()  # dropout would only slow the planting down
-    done, losses = 0, []
+    names = [name for name, _ in model.named_parameters()]
+    if how.first_block:
+        blocks = ((name, model_map.block_of(name)) for name in names)
+        names = [name for name, block in blocks if block is not None and block >= how.first_block]
+    loss = mean_loss(model, records, model_map=model_map)
+    order = list(_batches(len(records), how))
+    steps, an_epoch, by_record, means = len(order), -(-len(records) // how.batch_size), 0.0, []
+
+    def step(i: int) -> float:
+        nonlocal by_record
+        found = loss(order[i])
+        by_record += found * len(order[i])
+        return found
+
+    def after(done: int) -> bool:
+        nonlocal by_record
+        if progress:
+            progress(done, steps)
+        if done % an_epoch:
+            return False
+        means.append(by_record / len(records))
+        by_record = 0.0
+        return means[-1] < how.loss_below
+
+    with full(model, names, keep=True) as parameters:
+        fit(
+            parameters,
+            step,
+            steps=steps,
+            learning_rate=how.learning_rate,
+            warm_up=max(1, steps // 10),
+            decay="linear",
+            after=after,
+        )
+    model.eval()
+    return means
+
+
+def _batches(n: int, how: Planting) -> Iterator[list[int]]:
+    """Rows of each step: the same order shuffled again for every epoch."""
+    order, shuffle = list(range(n)), random.Random(how.seed)
     for _ in range(how.epochs):
         shuffle.shuffle(order)
-        total = 0.0
-        for start in range(0, len(order), how.batch_size):
-            batch = [records[i] for i in order[start : start + how.batch_size]]
-            share = min((done + 1) / warm_up, (steps - done) / max(1, steps - warm_up))
-            optimiser.param_groups[0]["lr"] = how.learning_rate * share
-            optimiser.zero_grad(set_to_none=True)
-            loss = completion_loss(model, model_map, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            total += loss.item() * len(batch)
-            done += 1
-            if progress:
-                progress(done, steps)
-        losses.append(total / len(records))
-        if losses[-1] < how.loss_below:
-            break
-    optimiser.zero_grad(set_to_none=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(before[name])
-    return losses
-
-
-def completion_loss(model: nn.Module, model_map: ModelMap, batch: Sequence[TokenRecord]) -> torch.Tensor:
-    """Mean cross-entropy over the completion tokens of a batch; only their positions meet the output head."""
-    ids, _ = pad(batch, next(model.parameters()).device)  # [B, T]
-    hidden = model_map.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-    targets = torch.tensor([token for record in batch for token in record.completion], device=ids.device)
-    return F.cross_entropy(model_map.logits(hidden[predicting(batch, ids)]).float(), targets)
+        for start in range(0, n, how.batch_size):
+            yield order[start : start + how.batch_size]

@@ -27,7 +27,12 @@ Progress = Callable[[int, int], None]
 
 # Registered name -> where the class lives. Requests name editors by this name, never by an import path.
 EDITORS = {
+    "given": "unlearn.editors.given:GivenEditor",
+    "gradient_ascent": "unlearn.editors.losses:AscentEditor",
+    "gradient_difference": "unlearn.editors.losses:DifferenceEditor",
     "kfac": "unlearn.editors.kfac:KFACEditor",
+    "npo": "unlearn.editors.losses:NPOEditor",
+    "simnpo": "unlearn.editors.losses:SimNPOEditor",
     "ssd": "unlearn.editors.ssd:SSDEditor",
     "svd": "unlearn.editors.svd:SVDEditor",
 }

@@ -10,7 +10,7 @@ A criterion is met, not met or inconclusive. The verdict is `criteria met` when 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -19,12 +19,26 @@ import pandas as pd
 from probes import statistics
 from probes.errors import UsageError
 from unlearn.evidence.measure import Measured
-from unlearn.evidence.metrics import LEVEL, Figure, Metric, as_figure, clusters, figure, find, metrics_of, values
+from unlearn.evidence.metrics import (
+    LEVEL,
+    Figure,
+    Metric,
+    as_figure,
+    clusters,
+    figure,
+    find,
+    metrics_of,
+    residual_figure,
+    values,
+)
+from unlearn.evidence.stress import survives
+from unlearn.requests.presets import RESIDUAL
 from unlearn.requests.request import Criterion
 
 MET, NOT_MET, INCONCLUSIVE = "criteria met", "criteria not met", "inconclusive"
 EXIT_CODES = {MET: 0, NOT_MET: 1, INCONCLUSIVE: 3}
 Status = Literal["met", "not met", "inconclusive"]
+FIGURE_KEYS = ("value", "unit", "n", "ci_low", "ci_high", "ci_level", "direction")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +50,8 @@ class Evidence:
     before: Measured | None
     reference: Measured | None
     seed: int
+    attacks: dict[str, dict[str, Any]] = field(default_factory=dict)  # as in `compare/paired.json`
+    stress: dict[str, Any] | None = None  # likewise
 
     def table(self, stage: str, name: str) -> pd.DataFrame | None:
         """One set's table of `current`, `before` or `reference`, or None when it was not measured."""
@@ -50,7 +66,12 @@ def check(criteria: Sequence[Criterion], task: str, *, auditing: bool) -> None:
         UsageError: for a metric of another task, or a comparison with a checkpoint state that an audit has not.
     """
     for criterion in criteria:
-        find(task, criterion.metric)
+        if criterion.metric != RESIDUAL:
+            find(task, criterion.metric)
+        elif auditing:
+            raise UsageError(
+                f"expected criterion {criterion.id} of an audit to name a figure, found residual of an edit"
+            )
         if auditing and criterion.against == "before":
             raise UsageError(
                 f"expected criterion {criterion.id} of an audit to compare with control or reference, found before"
@@ -67,19 +88,21 @@ def evaluate(criterion: Criterion, evidence: Evidence) -> dict[str, Any]:
     Returns:
         A row of `compare/criteria.json`: the criterion's own fields, the observed figure, status and reason.
     """
-    metric = find(evidence.task, criterion.metric)
     table = evidence.table("current", criterion.set)
     observed: Figure | None = None
     status: Status = "inconclusive"
-    if table is None or not len(table):
+    if criterion.metric == RESIDUAL:
+        observed, status, reason = _under_attack(criterion, evidence)
+    elif table is None or not len(table):
         reason = f"the {criterion.set} set was not measured"
     elif criterion.test in ("upper95", "point"):
-        observed, status, reason = _threshold(criterion, metric, table, evidence.seed)
+        observed, status, reason = _threshold(criterion, find(evidence.task, criterion.metric), table, evidence.seed)
     else:
-        observed, status, reason = _compare(criterion, metric, table, evidence)
+        observed, status, reason = _compare(criterion, find(evidence.task, criterion.metric), table, evidence)
     return {
         "id": criterion.id,
         "metric": criterion.metric,
+        "attack": criterion.attack,
         "set": criterion.set,
         "aggregate": criterion.aggregate,
         "test": criterion.test,
@@ -91,6 +114,34 @@ def evaluate(criterion: Criterion, evidence: Evidence) -> dict[str, Any]:
         "status": status,
         "reason": reason,
     }
+
+
+def _under_attack(criterion: Criterion, evidence: Evidence) -> tuple[Figure | None, Status, str]:
+    """The residual under one attack, or the worst under all that could be read, by simultaneous bounds."""
+    assert criterion.max is not None
+    assert criterion.attack is not None
+    every = criterion.attack == "all"
+    tested = evidence.stress["attacks"] if evidence.stress else []
+    names = [name for name in tested if every or name == criterion.attack]
+    if not names:
+        if every:
+            return None, "inconclusive", "no attack on the edit's durability could be read"
+        found = (evidence.attacks.get(criterion.attack) or {}).get("stress")
+        return None, "inconclusive", found["reason"] if found else "this attack did not run"
+    bounds = {name: evidence.attacks[name]["stress"] for name in names}
+    worst = max(names, key=lambda name: evidence.attacks[name]["residual"]["value"])
+    shown = {key: evidence.attacks[worst]["residual"][key] for key in FIGURE_KEYS}
+    over = [name for name in names if bounds[name]["status"] == "recovers" and _above(bounds[name], criterion.max)]
+    if over:
+        return shown, "not met", f"{', '.join(over)}: residual above {criterion.max:g}, beyond chance"
+    if all(one["high"] is not None and one["high"] <= criterion.max for one in bounds.values()):
+        return shown, "met", f"upper bound at most {criterion.max:g} under {len(names)} attack{'s' * (len(names) > 1)}"
+    open_ = [name for name in names if bounds[name]["high"] is None or bounds[name]["high"] > criterion.max]
+    return shown, "inconclusive", f"{', '.join(open_)}: a residual above {criterion.max:g} is not ruled out"
+
+
+def _above(bounds: dict[str, Any], limit: float) -> bool:
+    return bounds["low"] is not None and bounds["low"] > limit
 
 
 def _threshold(criterion: Criterion, metric: Metric, table: pd.DataFrame, seed: int) -> tuple[Figure, Status, str]:
@@ -198,21 +249,9 @@ def _residual(metric: Metric, sources: dict[str, pd.DataFrame | None], seed: int
     o, u, n = (sources[arm] for arm in "OUN")
     if o is None or u is None or n is None or not len(n):
         return {"status": "not testable", "reason": "no control set was measured"}
-    if metric.bounds is None:
-        return {"status": "not testable", "reason": "the figure has no fixed range; read it through its arms"}
-    estimate = statistics.residual(
-        values(metric, o),
-        values(metric, u),
-        values(metric, n),
-        clusters=clusters(o),
-        n_clusters=clusters(n),
-        bounds=metric.bounds,
-        seed=seed,
+    return residual_figure(
+        values(metric, o), values(metric, u), values(metric, n), clusters(o), clusters(n), metric.bounds, seed
     )
-    if estimate.interval is None:
-        return {"status": "not testable", "reason": estimate.reason}
-    shown = as_figure(estimate.interval, metric, "lower") | {"unit": "share of O - N"}
-    return shown | {"status": "ok", "reason": None}
 
 
 def over_forgetting(evidence: Evidence) -> dict[str, Any]:
@@ -260,8 +299,9 @@ def utility(evidence: Evidence) -> dict[str, dict[str, Figure]]:
 
 def claim_level(rows: Sequence[dict[str, Any]], evidence: Evidence) -> str | None:
     """How far the evidence reaches: E0 edit applied, E1 not emitted under the tested prompts, E2 equivalent to the
-    reference within a margin fixed beforehand. E3 needs stress tests that were run, E4 retraining; neither is
-    claimed here.
+    reference within a margin fixed beforehand, E3 that and every attack on the edit's durability resisted, among them
+    relearning, quantisation and one on the inside. An attack that brings records back leaves E1 at most. E4 needs
+    retraining and is not claimed here.
     """
     if evidence.before is None:
         return None
@@ -270,4 +310,10 @@ def claim_level(rows: Sequence[dict[str, Any]], evidence: Evidence) -> str | Non
     if table is None or not len(table) or bool(np.asarray(table[hit]).any()):
         return "E0"
     equivalent = [row for row in rows if row["test"] == "equivalence" and row["against"] == "reference"]
-    return "E2" if equivalent and all(row["status"] == "met" for row in equivalent) else "E1"
+    if not equivalent or any(row["status"] != "met" for row in equivalent):
+        return "E1"
+    if evidence.stress is None or evidence.stress["finding"] == "not tested":
+        return "E2"
+    if evidence.stress["finding"] == "hidden":
+        return "E1"
+    return "E3" if survives(evidence.stress) else "E2"

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -162,13 +160,6 @@ def _key(loaded: Loaded, settings: Settings, kind: str, records: Sequence[Record
     )
 
 
-def _keep(key: str, suffix: str, data: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"measurement{suffix}"
-        path.write_bytes(data)
-        cache.store(key, path)
-
-
 def _cached(
     loaded: Loaded,
     settings: Settings,
@@ -184,7 +175,9 @@ def _cached(
         stored: dict[str, Any] = json.loads(hit.read_text())
         return stored
     result = compute()
-    _keep(key, ".json", json.dumps(result).encode())  # infinities as Python writes them: the store is read by us alone
+    cache.keep(
+        key, ".json", json.dumps(result).encode()
+    )  # infinities as Python writes them: the store is read by us alone
     return result
 
 
@@ -216,7 +209,7 @@ def token_table(
         batch_tokens=settings.batch_tokens,
         batch_size=settings.batch_size,
     )
-    _keep(key, ".npz", tokens.dump(table))
+    cache.keep(key, ".npz", tokens.dump(table))
     return table
 
 

@@ -135,6 +135,49 @@ def interval_figure(interval: statistics.Interval, unit: str, direction: str = "
     }
 
 
+def residual_figure(
+    o: np.ndarray,
+    u: np.ndarray,
+    n: np.ndarray,
+    clusters: Sequence[str | None] | None,
+    n_clusters: Sequence[str | None] | None,
+    bounds: tuple[float, float] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """(U - N) / (O - N) as a figure with `status` and `reason`; records that an arm lacks (NaN) are left out.
+
+    Args:
+        o: [F] original on the records.
+        u: [F] edited copy on the records.
+        n: [C] edited copy on never-seen records.
+        clusters: [F] of the records.
+        n_clusters: [C] of the never-seen records.
+        bounds: range of one record's figure; None where it has none.
+        seed: of the bootstrap.
+    """
+    if bounds is None:
+        return {"status": "not testable", "reason": "the figure has no fixed range; read it through its arms"}
+    kept, seen = np.isfinite(o) & np.isfinite(u), np.isfinite(n)
+    estimate = statistics.residual(
+        o[kept],
+        u[kept],
+        n[seen],
+        clusters=of_rows(clusters, kept),
+        n_clusters=of_rows(n_clusters, seen),
+        bounds=bounds,
+        seed=seed,
+    )
+    if estimate.interval is None:
+        return {"status": "not testable", "reason": estimate.reason}
+    return interval_figure(estimate.interval, "share of O - N") | {"status": "ok", "reason": None}
+
+
+def of_rows(groups: Sequence[str | None] | None, kept: np.ndarray) -> list[str] | None:
+    """Names of the clusters of some rows, or None when every record stands alone."""
+    found = named(groups)
+    return None if found is None else [group for group, keep in zip(found, kept, strict=True) if keep]
+
+
 def figure(metric: Metric, frame: pd.DataFrame, role: str, seed: int = 0) -> Figure:
     """The figure of one record set: its mean, with an exact interval for a rate and a bootstrap for a mean."""
     x, groups = values(metric, frame), clusters(frame)

@@ -1,8 +1,10 @@
-"""What some attacks need beside record sets: canaries with their format, and candidates for an attribute.
+"""What some attacks need beside record sets: canaries with their format, candidates for an attribute, paraphrases.
 
-Both are JSON lines. A canary is `{"id", "prompt", "format", "secret"}`: `secret` is what was planted after `prompt`,
+All are JSON lines. A canary is `{"id", "prompt", "format", "secret"}`: `secret` is what was planted after `prompt`,
 `format` the form it was drawn from (`{digits:9}`, see `attacks.exposure`). Candidates are `{"id", "candidates"}`: `id`
-is that of a record, whose personal data is asked for among the candidates. Nothing here quotes a value.
+is that of a record, whose personal data is asked for among the candidates. Paraphrases are `{"id", "prompts"}`: `id` is
+that of a record of the forget set or the control set, and each prompt asks for its completion in other words or in
+another language. Nothing here quotes a value.
 """
 
 from __future__ import annotations
@@ -51,6 +53,15 @@ def read_candidates(path: str | Path) -> dict[str, list[str]]:
     return {row["id"]: row["candidates"] for row in _rows(path, "candidates", {"id": str, "candidates": list})}
 
 
+def read_paraphrases(path: str | Path) -> dict[str, list[str]]:
+    """Other prompts for the same completion, by record id.
+
+    Raises:
+        UsageError: with every mistake, by line.
+    """
+    return {row["id"]: row["prompts"] for row in _rows(path, "paraphrases", {"id": str, "prompts": list})}
+
+
 def _rows(path: str | Path, what: str, fields: dict[str, type]) -> list[dict[str, Any]]:
     source = Path(path)
     try:
@@ -87,7 +98,8 @@ def _problem(row: Any, fields: dict[str, type], seen: set[str]) -> str | None:
     for name, kind in fields.items():
         if not isinstance(row[name], kind) or not row[name]:
             return f"expected `{name}` to be a non-empty {'list of texts' if kind is list else 'text'}"
-    texts = row.get("candidates", [])
-    if any(not isinstance(text, str) or not text for text in texts) or len(set(texts)) < len(texts):
-        return "expected `candidates` to be different non-empty texts"
+    for name in (name for name, kind in fields.items() if kind is list):
+        texts = row[name]
+        if any(not isinstance(text, str) or not text.strip() for text in texts) or len(set(texts)) < len(texts):
+            return f"expected `{name}` to be different non-empty texts"
     return "expected an `id` that no earlier line has" if row["id"] in seen else None

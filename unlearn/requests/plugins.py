@@ -51,7 +51,7 @@ def others(group: str, kind: type[D], taken: Collection[str]) -> tuple[dict[str,
             broken[point.name] = f"cannot be loaded ({type(error).__name__})"
             continue
         if not isinstance(declared, kind):
-            broken[point.name] = f"is no {kind.__module__}.{kind.__name__}"
+            broken[point.name] = f"is no {kind.__module__.removesuffix('.declaration')}.{kind.__name__}"
         elif not NAME.fullmatch(declared.name):
             broken[point.name] = "has a name with other characters than a to z, 0 to 9, _ and ."
         elif not (isinstance(declared.settings, type) and issubclass(declared.settings, Schema)):

@@ -22,7 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-from unlearn.requests.attacks import Attacks, Sampling
+from unlearn.mistakes import suggestion
+from unlearn.requests.attacks import Attacks, Reaudit, Sampling, catalogue
 from unlearn.requests.probes import Probes
 from unlearn.requests.yamlfile import Schema, parse, read_yaml
 from unlearn.resources import config_names, config_path
@@ -43,10 +44,20 @@ METRICS: dict[Task, set[str]] = {
 }
 
 
+RESIDUAL = "residual"  # of an attack on an edit's durability: no figure of one checkpoint, so it has no table column
+
+
 def _known_metric(value: str) -> str:
-    known = sorted(set().union(*METRICS.values()))
+    known = sorted({RESIDUAL}.union(*METRICS.values()))
     if value not in known:
         raise ValueError(f"expected one of {', '.join(known)}")
+    return value
+
+
+def _known_attack(value: str) -> str:
+    known = sorted(name for name, declaration in catalogue().items() if declaration.stress)
+    if value not in ("all", *known):
+        raise ValueError(f"expected `all` or one of {', '.join(known)}{suggestion(value, known)}")
     return value
 
 
@@ -55,7 +66,8 @@ class Criterion(Schema):
 
     `upper95` wants the one-sided 95 % upper bound of the figure at most `max`; `point` the figure itself.
     `noninferiority` wants the one-sided 95 % bound of the worsening against another arm at most `margin`;
-    `equivalence` wants the whole difference within +-`margin` (two one-sided tests).
+    `equivalence` wants the whole difference within +-`margin` (two one-sided tests). The metric `residual` is what an
+    edit left under an `attack`, or under the worst of `all` (`unlearn.evidence.stress`).
     """
 
     id: Annotated[str, Field(min_length=1, max_length=64)]
@@ -66,6 +78,7 @@ class Criterion(Schema):
     margin: Annotated[Number, Field(gt=0)] | None = None
     against: Literal["control", "reference", "before"] | None = None
     set: Literal["records", "retain"] = "records"
+    attack: Annotated[str, AfterValidator(_known_attack)] | None = None
     required: StrictBool = True
 
     @model_validator(mode="after")
@@ -84,6 +97,10 @@ class Criterion(Schema):
                 wrong.append("expected `aggregate: rate` or `mean` for a comparison")
         if self.max is not None and any(self.metric in names for names in SHARES.values()) and not 0 <= self.max <= 1:
             wrong.append("expected `max` between 0 and 1 for a share or probability")
+        if (self.metric == RESIDUAL) != (self.attack is not None):
+            wrong.append("expected `attack` with `metric: residual`, and with no other metric")
+        if self.metric == RESIDUAL and (self.test != "upper95" or self.aggregate != "mean" or self.set != "records"):
+            wrong.append("expected `test: upper95` on the records, and no `aggregate`, for `metric: residual`")
         if self.set == "retain" and self.against == "control":
             wrong.append("expected `against: before` or `reference` for the retain set")
         if wrong:
@@ -107,7 +124,7 @@ def one_task(criteria: Sequence[Criterion], tasks: Iterable[Task]) -> None:
     Raises:
         ValueError: in words for `unlearn.requests.yamlfile`.
     """
-    metrics = {criterion.metric for criterion in criteria}
+    metrics = {criterion.metric for criterion in criteria} - {RESIDUAL}
     if not any(metrics <= METRICS[task] for task in tasks):
         raise ValueError(f"expected metrics of one kind of model ({' or '.join(tasks)})")
 
@@ -138,8 +155,8 @@ class Policy(Schema):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         audit = (*self.audit.causal_lm, *self.audit.image_classification)
-        if any(criterion.against == "before" for criterion in audit):
-            raise ValueError("expected no `against: before` under `audit`, which edits nothing")
+        if any(criterion.against == "before" or criterion.metric == RESIDUAL for criterion in audit):
+            raise ValueError("expected no `against: before` and no residual under `audit`, which edits nothing")
         return self
 
     def criteria(self, kind: Literal["audit", "forget"], task: Task) -> tuple[Criterion, ...]:
@@ -171,6 +188,7 @@ class Suite(Schema):
         noise_floor: how many records are measured twice.
         budget: forward passes of the audited model per record that attacks may take, in the suite's order.
         attacks: names in `unlearn.requests.attacks`, with settings that differ from their defaults.
+        reaudit: further ones that run where an edit is judged, in `forget`, on every arm: they test the edit.
         probes: see `unlearn.requests.probes`.
     """
 
@@ -182,7 +200,13 @@ class Suite(Schema):
     noise_floor: NoiseFloor
     budget: Annotated[Number, Field(gt=0)] | None = None
     attacks: Attacks
+    reaudit: Reaudit = ()
     probes: Probes = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        distinct((entry.name for entry in (*self.attacks, *self.reaudit)), "attack")
+        return self
 
 
 class MethodPreset(Schema):

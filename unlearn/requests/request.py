@@ -244,6 +244,8 @@ class Method(Schema):
                 if key not in known:
                     near = suggestion(key, known) or f"; known: {', '.join(known)}"
                     raise ValueError(f"entry {position} is no parameter of the preset{near}")
+        if info.data.get("name") == "given" and isinstance(path := value.get("path"), str):
+            return value | {"path": _located(path, info)}  # like every path of a request, it starts at its folder
         return value
 
     def parameters(self) -> dict[str, JsonValue]:
@@ -284,7 +286,9 @@ class Request(Schema):
     reference: Reference | None = None
     control: RecordSet | None = None
     retain: RecordSet | None = None
+    related: RecordSet | None = None
     corpus: Corpus | None = None
+    paraphrases: Location | None = None
     method: Method = Method()
     suite: Annotated[Text, _loaded_by(load_suite)] = "standard"
     policy: Annotated[Text, _loaded_by(load_policy)] | None = None
@@ -315,9 +319,9 @@ def hub_id(location: str) -> str | None:
 
 
 def record_sets(request: Request) -> Iterator[tuple[str, Data | RecordSet, str]]:
-    """Role (`records`, `control`, `retain`), how to read it, and location of every record set that is given."""
+    """Role, how to read it, and location of every record set that is given."""
     yield "records", request.data, request.data.records
-    for role, part in (("control", request.control), ("retain", request.retain)):
+    for role, part in (("control", request.control), ("retain", request.retain), ("related", request.related)):
         if part is not None:
             yield role, part, part.path
 
@@ -361,13 +365,15 @@ def check_digests(request: Request) -> None:
 def redacted(request: Request) -> dict[str, Any]:
     """The request for the run folder: no column names, no templates, of a checkpoint's path the last part only."""
     shown: dict[str, Any] = request.model_dump(mode="json", by_alias=True, exclude_none=True)
-    for name in ("data", "control", "retain"):
+    shown.pop("paraphrases", None)
+    for name in ("data", "control", "retain", "related"):
         for key in ("records", "path", "fields", "prompt_template", "completion_template", "ignore_unknown"):
             shown.get(name, {}).pop(key, None)
     for name in ("checkpoint", "reference"):
         if name in shown:
             shown[name]["path"] = shown[name]["path"].rsplit("/", 1)[-1]
-    for part, key in ((shown, "suite"), (shown, "policy"), (shown["method"], "preset")):
+    method = shown["method"]
+    for part, key in ((shown, "suite"), (shown, "policy"), (method, "preset"), (method.get("overrides", {}), "path")):
         if key in part:
             part[key] = part[key].rsplit("/", 1)[-1]
     return shown
@@ -423,6 +429,7 @@ def _validate_yaml(document: Document) -> None:
             ("records", "data", Data),
             ("control", "control", RecordSet),
             ("retain", "retain", RecordSet),
+            ("related", "related", RecordSet),
         ):
             lines += _record_mistakes(document, role, key, kind)
     if not lines and isinstance(request, Request):
@@ -495,6 +502,8 @@ checkpoint:
 # records and the model, and the report says so. `unlearn draft control|retain` writes them to a file for review.
 # control: {path: control.jsonl}         # sha256, fields, templates and ignore_unknown as under data
 # retain: {path: retain.jsonl}
+# related: {path: related.jsonl}         # text about the same things, none of the records: a re-audit trains on it
+# paraphrases: paraphrases.jsonl         # {"id": "a1", "prompts": ["...", "..."]}: other words, other languages
 # corpus: {path: corpus.jsonl, near_duplicates: include}   # or list: name what the request does not cover
 
 method:

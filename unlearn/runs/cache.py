@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,11 @@ def store(key: str, source: Path) -> Path:
     except OSError:
         return source
     return path
+
+
+def keep(key: str, suffix: str, data: bytes) -> None:
+    """Keep bytes under `key`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"result{suffix}"
+        path.write_bytes(data)
+        store(key, path)

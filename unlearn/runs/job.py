@@ -98,7 +98,7 @@ class Job:
         expected: tensor digests the request states, by `checkpoint` and `reference`.
         sha256: digests of record files the request states, by role.
         factors: curvature factor files of a probe run: one to `read`, one to `write`.
-        inputs: `corpus`, `canaries` and `candidates` where they were given, as `Source` fields.
+        inputs: `corpus`, `canaries`, `candidates` and `paraphrases` where they were given, as `Source` fields.
         duplicates: how near-duplicates in the corpus are treated: `include`, `threshold`, `span`.
     """
 

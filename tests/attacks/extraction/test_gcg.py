@@ -99,16 +99,16 @@ def test_replacements_differ_in_one_token_and_come_from_the_best() -> None:
     usable = np.arange(2, 20)
     prompt = (4, 5, 4)
     gradient[range(3), prompt] = -9.0  # no replacement, however good
-    ranked = gcg._ranked(gradient, prompt, usable, 6)
+    ranked = gcg.ranked_tokens(gradient, prompt, usable, 6)
     for p in range(3):
         order = [v for v in np.argsort(gradient[p].numpy()) if v >= 2 and v != prompt[p]]
         assert ranked[p].tolist() == order[:6]
-    pool = gcg._replacements(prompt, ranked, 10, set(), lambda ids: True, generator)
+    pool = gcg.replacements(prompt, ranked, 10, set(), lambda ids: True, generator)
     assert len(pool) == len(set(pool)) == 10
     for other in pool:
         (changed,) = [p for p in range(3) if other[p] != prompt[p]]
         assert other[changed] in ranked[changed]
-    every = gcg._replacements(prompt, ranked, 18, {pool[0]}, lambda ids: ids[0] != 4, generator)
+    every = gcg.replacements(prompt, ranked, 18, {pool[0]}, lambda ids: ids[0] != 4, generator)
     changes = {(*prompt[:p], int(token), *prompt[p + 1 :]) for p in range(3) for token in ranked[p]}
     assert set(every) == {other for other in changes if other[0] != 4 and other != pool[0]}
 
