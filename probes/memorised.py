@@ -15,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
 from probes.classify import score_images
+from probes.errors import UnsupportedError
 from probes.figures import record_figures
 from probes.likelihood import score
 from probes.modelmap import ModelMap
@@ -44,6 +46,9 @@ def memorised(
 
     Returns:
         One row per record in order: `COLUMNS`; probability and accuracy in [0, 1], loss in nats (mean per token).
+
+    Raises:
+        UnsupportedError: the model's logits are NaN, or records that do not fit it.
     """
     if not records:
         return pd.DataFrame({name: [] for name in COLUMNS}).astype({"extracted": bool})
@@ -51,6 +56,8 @@ def memorised(
         frame = score_images(model, cast("Sequence[ImageRecord]", records))
         return of_images(frame)
     table = score(model, cast("Sequence[TokenRecord]", records), model_map=model_map, batch_tokens=batch_tokens)
+    if np.isnan(table.log_prob).any():
+        raise UnsupportedError("expected a model that gives numbers, found NaN; the change to its weights is too large")
     return of_texts(record_figures(table))
 
 

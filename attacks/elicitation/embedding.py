@@ -28,8 +28,8 @@ from attacks.elicitation.inputs import (
     final_states,
     halving,
     labels_of,
+    neighbour_distance,
     record_scores,
-    scale_of,
     table_of,
     token_scores,
     token_weights,
@@ -92,7 +92,7 @@ def perturb(
         raise UsageError(
             f"expected a prompt token behind the first {keep} in every record, found none in {fixed}; leave them out"
         )
-    most, width = radius * scale_of(model).neighbour, table_of(model).shape[-1]
+    most, width = radius * neighbour_distance(model), table_of(model).shape[-1]
     tokens, done = batch_tokens or backward_tokens(model), 0
     scores = np.zeros((restarts, len(records), steps + 1, 3))
 

@@ -14,7 +14,6 @@ Shape letters: B records in a batch, T padded tokens, N completion tokens, V voc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -28,23 +27,10 @@ from probes.memorised import COLUMNS
 from probes.modelmap import ModelMap
 from probes.records import TokenRecord
 
-NEIGHBOURS = 512  # embeddings, evenly spaced in the vocabulary, whose nearest neighbour is looked for
+NEIGHBOURS = 128  # embeddings, evenly spaced in the vocabulary, whose nearest neighbour is looked for
 SAME = 1e-12  # squared distance over squared length below which two embeddings are one (unused rows often are)
 
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """Lengths of a model's embedding table, in the units of its entries.
-
-    Attributes:
-        rms: root mean square of an entry.
-        neighbour: mean Euclidean distance of an embedding to the nearest one that differs from it.
-    """
-
-    rms: float
-    neighbour: float
 
 
 def table_of(model: nn.Module) -> Tensor:
@@ -57,21 +43,31 @@ def table_of(model: nn.Module) -> Tensor:
         return cast(Tensor, embedding(ids).detach())
 
 
-def scale_of(model: nn.Module) -> Scale:
-    """Measure the embedding table.
+def rms_of(model: nn.Module) -> float:
+    """Root mean square of an entry of the embedding table.
+
+    Raises:
+        UsageError: a table of zeros, which gives no unit of length.
+    """
+    rms = float(table_of(model).double().square().mean().sqrt())
+    if not rms > 0:
+        raise UsageError("expected token embeddings that are not 0, found none; check the checkpoint")
+    return rms
+
+
+def neighbour_distance(model: nn.Module) -> float:
+    """Mean Euclidean distance of an embedding to the nearest one that differs from it, over a sample of the table.
 
     Raises:
         UsageError: a table whose rows are all alike, which gives no unit of length.
     """
     table = table_of(model)
-    count = len(table)
-    chosen = np.unique(np.linspace(0, count - 1, min(NEIGHBOURS, count)).round().astype(np.int64))
-    nearest = np.concatenate([_nearest(table, part) for part in np.array_split(chosen, -(-len(chosen) // 64))])
+    chosen = np.unique(np.linspace(0, len(table) - 1, min(NEIGHBOURS, len(table))).round().astype(np.int64))
+    nearest = _nearest(table, chosen)
     nearest = nearest[np.isfinite(nearest)]
-    rms = float(table.double().square().mean().sqrt())
-    if not len(nearest) or not rms > 0:
+    if not len(nearest):
         raise UsageError("expected token embeddings that differ, found all alike; check the checkpoint")
-    return Scale(rms, float(nearest.mean()))
+    return float(nearest.mean())
 
 
 def _nearest(table: Tensor, rows: np.ndarray) -> np.ndarray:

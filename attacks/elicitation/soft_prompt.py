@@ -38,7 +38,7 @@ from attacks.elicitation.inputs import (
     halving,
     labels_of,
     record_scores,
-    scale_of,
+    rms_of,
     score_frame,
     table_of,
     token_scores,
@@ -123,7 +123,7 @@ def train(
     _check_kept(records, keep)
     device = next(model.parameters()).device
     generator = np.random.default_rng([seed, 17])
-    scale = scale_of(model).rms
+    scale = rms_of(model)
     vectors = nn.Parameter(_start(table_of(model), length, initial, scale, generator).to(device))
     order = list(batches(len(records), batch, steps, seed))
     tokens = batch_tokens or backward_tokens(model)

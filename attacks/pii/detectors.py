@@ -59,7 +59,8 @@ def find(text: str, kinds: Iterable[str] | None = None, patterns: Mapping[str, s
 
     Args:
         text: where to look.
-        kinds: which of `KINDS` and of the names of `patterns` to look for; all of them by default.
+        kinds: which of `KINDS` and of the names of `patterns` to look for; all of them by default. `presidio:PERSON`
+            asks Microsoft Presidio for one of its kinds.
         patterns: more kinds, name -> regular expression. A group named `value` narrows the span. A name of `KINDS`
             replaces that detector.
 
@@ -69,9 +70,12 @@ def find(text: str, kinds: Iterable[str] | None = None, patterns: Mapping[str, s
 
     Raises:
         UsageError: an unknown kind, or a pattern that is no regular expression.
+        ResourceError: a kind of Presidio's, which is not installed.
     """
     own = {name: _compiled(pattern) for name, pattern in (patterns or {}).items()}
-    wanted = list(dict.fromkeys([*own, *KINDS] if kinds is None else kinds))
+    named = list(dict.fromkeys([*own, *KINDS] if kinds is None else kinds))
+    asked = [kind.removeprefix(PRESIDIO) for kind in named if kind.startswith(PRESIDIO)]
+    wanted = [kind for kind in named if not kind.startswith(PRESIDIO)]
     if unknown := [kind for kind in wanted if kind not in own and kind not in KINDS]:
         raise UsageError(
             f"expected kinds of personal data among {', '.join(KINDS)}, found {len(unknown)} unknown; "
@@ -82,6 +86,8 @@ def find(text: str, kinds: Iterable[str] | None = None, patterns: Mapping[str, s
     for kind in wanted:
         spans = _matches(own[kind], text) if kind in own else _DETECTORS[kind](text)
         found += [(ranks[kind], Span(start, end, kind)) for start, end in spans if start < end]
+    if asked:  # last in rank: what a checksum or a pattern settles is better known
+        found += [(len(ranks), span) for span in presidio(text, asked)]
     return _resolve(found)
 
 
@@ -130,7 +136,7 @@ def presidio(text: str, entities: Sequence[str] | None = None, language: str = "
         from presidio_analyzer import AnalyzerEngine  # type: ignore[import-not-found,unused-ignore]
 
         engine = _ENGINES.get(language) or AnalyzerEngine(supported_languages=[language])
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, SystemExit) as error:  # it exits where it cannot download its language model
         raise ResourceError(
             f"expected the package presidio-analyzer and its language model, found {type(error).__name__}; "
             "pip install presidio-analyzer and a spaCy model"
@@ -142,6 +148,7 @@ def presidio(text: str, entities: Sequence[str] | None = None, language: str = "
     )
 
 
+PRESIDIO = "presidio:"  # in front of the kinds that it is asked for
 _ENGINES: dict[str, Any] = {}
 
 

@@ -283,6 +283,23 @@ def test_presidio_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     found = presidio("my name is Jane", language="de")
     assert found == [Span(0, 2, "phone_number"), Span(11, 15, "person")]
     assert presidio("my name is Jane", ["LOCATION"], "de") == [Span(8, 15, "location")]
+    monkeypatch.setattr(detectors, "_ENGINES", {"en": Engine(["de"])})
+    assert find("my name is Jane", ["email", "presidio:PERSON"]) == [Span(11, 15, "person")]
+    assert find("my name is Jane", ["email"]) == []
+
+
+def test_presidio_without_its_language_model_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the process where it cannot download the model."""
+
+    def leave(supported_languages: list[str]) -> None:
+        raise SystemExit(1)
+
+    fake = ModuleType("presidio_analyzer")
+    fake.AnalyzerEngine = leave  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", fake)
+    monkeypatch.setattr(detectors, "_ENGINES", {})
+    with pytest.raises(ResourceError, match="language model"):
+        find("my name is Jane", ["presidio:PERSON"])
 
 
 def test_spans_are_plain_data() -> None:

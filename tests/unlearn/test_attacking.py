@@ -16,7 +16,7 @@ import yaml
 from probes.errors import IntegrityError, UsageError
 from tests.conftest import World, _rows
 from unlearn import api
-from unlearn.requests.attacks import BUILT_IN, catalogue
+from unlearn.requests.attacks import BUILT_IN, NEEDS, catalogue
 from unlearn.requests.presets import load_suite
 from unlearn.runs.verify import passed, verify
 
@@ -34,7 +34,25 @@ SMALL: dict[str, dict[str, Any]] = {
     "membership.dataset": {"splits": 3},
     "memory.counterfactual": {"runs": 4, "epochs": 1, "batch": 32},
     "privacy_bound.one_run": {"randomised": True},
+    "regurgitation.rewrites": {"records": 4},
+    "regurgitation.spelling": {"records": 4},
+    "regurgitation.chat": {"records": 4},
+    "regurgitation.context": {"records": 4},
+    "regurgitation.styles": {"records": 4},
+    "exfiltration.prompts": {"records": 2, "requests": ["verbatim"]},
+    "recovery.relearning": {"steps": 2, "marks": [1], "scored": 8},
+    "recovery.retain_tuning": {"steps": 2, "marks": [1], "scored": 8},
+    "recovery.savings": {"steps": 2, "every": 1, "records": 4},
+    "elicitation.soft_prompt": {"steps": 2, "scored": 8},
+    "elicitation.embedding": {"marks": [1], "scored": 8},
+    "elicitation.suffix": {"length": 2, "steps": 2, "candidates": 4, "top_k": 4, "scored": 4},
+    "hidden_knowledge.probe": {"records": 8, "layers": 1},
+    "hidden_knowledge.steering": {"records": 8, "layers": 1, "coefficients": [1.0]},
+    "collateral.generation": {"records": 2, "length": 8},
+    "collateral.refusals": {"records": 2, "length": 8},
 }
+# what this world cannot have: a request in front of a record, in a model of few positions, and benchmarks by name
+REFUSED = {"exfiltration.prompts": "too long for the model", "collateral.lm_eval": "expected tasks"}
 RUNNERS = [declaration.name for declaration in BUILT_IN if declaration.runner]
 SUITES = ("quick", "standard", "deep")
 CONTRACT = {
@@ -99,6 +117,8 @@ def given(world: World, tmp_path_factory: pytest.TempPathFactory) -> Given:
         {"id": "other", "text": "Something else altogether, from another place and time."},
     ]
     write(folder / "corpus.jsonl", corpus)
+    asked = [{"id": row["id"], "prompts": [row["prompt"].upper(), f"Of {row['prompt']}"]} for row in planted]
+    write(folder / "paraphrases.jsonl", asked)
     return Given(folder)
 
 
@@ -117,6 +137,7 @@ def audited(world: World, given: Given, full: Path, tmp_path_factory: pytest.Tem
             world.planted,
             given.records,
             control=given.control,
+            retain=world.retain,
             reference=world.base,
             suite=full,
             out=tmp_path_factory.mktemp("attacked") / "run",
@@ -153,6 +174,13 @@ def test_every_attack_of_every_suite_runs_or_says_why_not(audited: api.Run, full
         expected = "not defined for this kind of model" if name in images_only else None
         if name not in RUNNERS:
             expected = "not part of this version"
+        for need in ("edited", "paraphrases", "related"):  # an audit has none of them
+            if name in RUNNERS and need in catalogue()[name].needs:
+                expected = f"it needs {NEEDS[need]}"
+        for refused, words in REFUSED.items():
+            if name == refused:
+                expected = row["reason"]
+                assert words in row["reason"]
         assert row["reason"] == expected, name
         assert row["status"] == ("not_run" if expected else "run"), name
         assert row["detail"] == (row["status"] == "run"), name
@@ -168,8 +196,8 @@ def test_the_reference_is_attacked_too_and_says_what_makes_no_sense_there(audite
             assert "does not depend on the model" in rows[name]["reason"]
         elif "reference" in declaration.needs:
             assert rows[name]["reason"] == "this is the reference"
-        elif "causal_lm" in declaration.tasks:
-            assert rows[name]["status"] == "run", rows[name]
+        elif "causal_lm" in declaration.tasks and not {"edited", "paraphrases", "related"} & {*declaration.needs}:
+            assert rows[name]["status"] == "run" or name in REFUSED, rows[name]
 
 
 @pytest.mark.parametrize("stage", ["before", "reference"])
@@ -222,9 +250,10 @@ def test_per_record_columns_are_in_order_under_pseudonyms(audited: api.Run) -> N
         for column in frame.columns.drop("record_id"):
             name, _, own = column.partition(":")
             assert name in RUNNERS
-            assert pd.api.types.is_numeric_dtype(frame[column]) or frame[column].isna().all(), column
-            if own == "hit":
-                assert frame[column].dtype == bool, column
+            if own == "hit":  # None where the attack did not score a record
+                assert frame[column].dropna().isin([True, False]).all(), column
+            else:
+                assert pd.api.types.is_numeric_dtype(frame[column]) or frame[column].isna().all(), column
     mine = documents(audited, "before")
     frame = pd.read_parquet(audited.path / "before" / "attacks" / "records.parquet")
     for name, document in mine.items():
@@ -307,6 +336,7 @@ def test_same_inputs_same_bytes_with_and_without_the_store(
         world.planted,
         given.records,
         control=given.control,
+        retain=world.retain,
         reference=world.base,
         suite=full,
         out=tmp_path / "elsewhere",
@@ -544,6 +574,7 @@ def options(world: World, given: Given, name: str) -> list[object]:
 
     declaration = catalogue()[name]
     files = {"records": world.records, "control": world.control, "reference": world.base} | given.extras()
+    files |= {"retain": world.retain, "related": world.retain, "paraphrases": given.paraphrases}
     if name == "pii.reconstruction":
         files["records"] = given.records  # with personal data of a known form
     needed = [need for need in declaration.needs if need in NEEDS and need in files]
@@ -556,12 +587,22 @@ def options(world: World, given: Given, name: str) -> list[object]:
 ALIKE = ("zlib", "min_k", "min_k_plus_plus", "surprising", "windows", "lowercase")  # one runner; a suite ran them all
 
 
+@pytest.mark.parametrize("name", [d.name for d in BUILT_IN if "edited" in d.needs])
+def test_an_attack_on_two_checkpoints_is_no_command(
+    name: str, world: World, given: Given, unlearn: Command, tmp_path: Path
+) -> None:
+    answer = unlearn("attack", name, world.planted, *options(world, given, name), "--out", tmp_path / "run")
+    assert answer.code == 2
+    assert "unlearn forget" in answer.err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "name",
     [
         pytest.param(d.name, marks=pytest.mark.slow if d.name.removeprefix("membership.") in ALIKE else ())
         for d in BUILT_IN
-        if d.runner and d.tasks != ("image_classification",)
+        if d.runner and d.tasks != ("image_classification",) and "edited" not in d.needs and d.name not in REFUSED
     ],
 )
 def test_every_attack_as_a_command(name: str, world: World, given: Given, unlearn: Command, tmp_path: Path) -> None:
@@ -851,7 +892,9 @@ def test_without_control_reference_or_extras_the_reasons_say_what_to_give(world:
         declaration = catalogue()[row["name"]]
         if "causal_lm" not in declaration.tasks:
             assert row["reason"] == "not defined for this kind of model"
-        elif declaration.needs == ("records",):
+        elif row["name"] in REFUSED:
+            assert row["status"] == "not_run", row
+        elif {*declaration.needs} <= {"records"}:
             assert row["status"] == "run", row
         else:
             assert row["reason"].startswith("it needs "), row

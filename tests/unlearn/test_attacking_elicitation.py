@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from torch import nn
 
+from attacks.elicitation import embedding as nearby
 from attacks.elicitation import soft_prompt as prompts
 from probes.errors import UsageError
 from probes.memorised import memorised
@@ -41,7 +42,7 @@ RUNNERS: dict[str, Callable[[Any, dict[str, Any]], Result]] = {
 }
 SMALL: dict[str, dict[str, Any]] = {
     "elicitation.soft_prompt": {"steps": 60, "context": 12},
-    "elicitation.embedding": {"marks": [1, 2, 5, 10]},
+    "elicitation.embedding": {"marks": [1, 2, 5, 10, 20, 40]},
     "elicitation.images": {"norm": "l2", "step": 0.02, "fpr": 0.1},
     "elicitation.suffix": {"length": 1, "steps": 2, "batch": 6, "candidates": 127, "top_k": 128},
 }
@@ -134,9 +135,9 @@ def test_costs_are_those_of_the_rows_that_are_run() -> None:
 
     # two prompts of 60 steps of 8 rows, forward and backward; then four sets are scored
     assert cost("elicitation.soft_prompt") == pytest.approx(1 + (2 * 2 * 60 * 8 + 2 * 64 + 2 * 50) / 300)
-    # 32 records and twice 32 controls, 20 steps forward and backward and one forward
-    assert cost("elicitation.embedding") == pytest.approx(1 + 96 * 41 / 300)
-    assert cost("elicitation.embedding", restarts=3) == pytest.approx(1 + 3 * 96 * 41 / 300)
+    # 32 records and twice 32 controls, 10 steps forward and backward and one forward
+    assert cost("elicitation.embedding") == pytest.approx(1 + 96 * 21 / 300)
+    assert cost("elicitation.embedding", restarts=3) == pytest.approx(1 + 3 * 96 * 21 / 300)
     assert cost("elicitation.images") == pytest.approx(1 + (64 + 2 * 50) * 41 / 300)
     assert cost("elicitation.suffix") > cost("elicitation.suffix", steps=50) > 20
 
@@ -239,13 +240,16 @@ def test_moved_embeddings_are_read_at_the_calibrated_budget() -> None:
         result = run("elicitation.embedding", views)
         whole(result, views)
         steps = int(result.figures["budget"]["value"])
-        assert steps in (1, 2, 5, 10)
+        assert steps in (1, 2, 5, 10, 20)  # not the last one, so that reading the end of the search would show
+        at = nearby.perturb(model, views.records(), steps=40, seed=5).at(steps)
+        np.testing.assert_allclose(column(result, "probability"), at["probability"], rtol=1e-4)
+        assert result.records["hit"] == at["extracted"].tolist()
         never = views.halves("control")[1]
         scored = np.flatnonzero(np.isfinite(column(result, "probability", "controls")))
         assert scored.tolist() == never.tolist()  # those that calibrated are not compared
         by_name = {one["name"]: one for one in result.curves[0]["series"]}
         assert set(by_name) == {"records", "never-seen records", "never-seen records, for the budget"}
-        assert by_name["records"]["x"] == list(range(11))
+        assert by_name["records"]["x"] == list(range(41))
         assert by_name["records"]["y"][steps] == pytest.approx(result.figures["success"]["value"])
         assert by_name["never-seen records"]["y"][steps] == pytest.approx(result.control["success"]["value"])
         assert by_name["never-seen records, for the budget"]["y"][steps] <= 0.05
@@ -267,14 +271,24 @@ def test_no_budget_is_no_figure() -> None:
     assert document["headline"] == "probability"
 
 
-def test_an_opening_token_does_not_move_and_a_prompt_of_nothing_else_is_left_out() -> None:
+def test_an_opening_token_does_not_move_and_a_prompt_of_nothing_else_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def opened(records: Sequence[TokenRecord]) -> list[TokenRecord]:
         return [replace(r, ids=(tiny.BOS, *r.ids), n_prompt=r.n_prompt + 1) for r in records]
 
     records = opened(hidden().a)
     records[0] = replace(records[0], n_prompt=1)
     views = StandIn(hidden().hidden, texts(records, opened(hidden().controls)), SimpleNamespace(bos_token_id=tiny.BOS))
+    kept, search = [], nearby.perturb
+
+    def listen(*arguments: Any, **options: Any) -> Any:
+        kept.append(options["keep"])
+        return search(*arguments, **options)
+
+    monkeypatch.setattr(nearby, "perturb", listen)
     result = run("elicitation.embedding", views, marks=[1])
+    assert kept == [1, 1, 1]
     assert result.records["probability"][0] is None
     assert all(value is not None for value in result.records["probability"][1:])
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from attacks.elicitation import embedding
 from attacks.elicitation.budget import calibrate
-from attacks.elicitation.inputs import scale_of
+from attacks.elicitation.inputs import neighbour_distance
 from probes.errors import UsageError
 from probes.memorised import memorised
 from probes.records import TokenRecord
@@ -22,7 +22,7 @@ from tests.attacks.elicitation.test_inputs import records
 
 def slow(model: torch.nn.Module, row: TokenRecord, radius: float, step: float, steps: int, keep: int) -> np.ndarray:
     """Probabilities [S + 1], one record at a time, by the model's own logits."""
-    most = radius * scale_of(model).neighbour
+    most = radius * neighbour_distance(model)
     base = model.get_input_embeddings()(torch.tensor([row.ids])).detach()
     moved, found = torch.zeros_like(base), []
     for _ in range(steps + 1):
@@ -76,7 +76,7 @@ def moves(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module, row: TokenRec
 def test_no_token_leaves_its_radius_and_the_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.causal_lm("llama", dtype=torch.float64)
     row = records(((4, 3),))[0]
-    most = 0.3 * scale_of(model).neighbour
+    most = 0.3 * neighbour_distance(model)
     seen = moves(monkeypatch, model, row, radius=0.3, step=0.5, steps=8, keep=1)
     assert len(seen) == 9
     np.testing.assert_array_equal(seen[0], 0.0)
@@ -88,7 +88,7 @@ def test_no_token_leaves_its_radius_and_the_others_stay(monkeypatch: pytest.Monk
 def test_restarts_start_one_step_away_in_other_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.causal_lm("llama", dtype=torch.float64)
     row = records(((4, 3),))[0]
-    most = 0.5 * scale_of(model).neighbour
+    most = 0.5 * neighbour_distance(model)
     seen = moves(monkeypatch, model, row, steps=1, restarts=3)
     np.testing.assert_array_equal(seen[0], 0.0)
     for start in (seen[2], seen[4]):

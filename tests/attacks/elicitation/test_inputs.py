@@ -48,16 +48,15 @@ def test_lengths_of_the_table_by_brute_force(arch: str) -> None:
     for row in table:
         distances = np.linalg.norm(table - row, axis=1)
         nearest.append(distances[distances > 1e-9].min())
-    scale = inputs.scale_of(model)
-    assert scale.rms == pytest.approx(float(np.sqrt((table**2).mean())))
-    assert scale.neighbour == pytest.approx(float(np.mean(nearest)))
+    assert inputs.rms_of(model) == pytest.approx(float(np.sqrt((table**2).mean())))
+    assert inputs.neighbour_distance(model) == pytest.approx(float(np.mean(nearest)))
 
 
 def test_a_large_table_is_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.causal_lm("llama")
-    whole = inputs.scale_of(model).neighbour
+    whole = inputs.neighbour_distance(model)
     monkeypatch.setattr(inputs, "NEIGHBOURS", 32)
-    assert inputs.scale_of(model).neighbour == pytest.approx(whole, rel=0.05)
+    assert inputs.neighbour_distance(model) == pytest.approx(whole, rel=0.05)
 
 
 def test_a_table_without_differences_is_refused() -> None:
@@ -65,7 +64,11 @@ def test_a_table_without_differences_is_refused() -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(0.5)
     with pytest.raises(UsageError, match="all alike"):
-        inputs.scale_of(model)
+        inputs.neighbour_distance(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()
+    with pytest.raises(UsageError, match="not 0"):
+        inputs.rms_of(model)
 
 
 @pytest.mark.parametrize("chunk", [100, 8_000_000])

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from attacks.elicitation import soft_prompt
-from attacks.elicitation.inputs import scale_of, table_of
+from attacks.elicitation.inputs import rms_of, table_of
 from probes.errors import UnsupportedError, UsageError
 from probes.memorised import memorised
 from probes.records import TokenRecord
@@ -66,7 +66,7 @@ def test_batches_do_not_change_scores() -> None:
 def test_the_first_step_goes_down_the_gradient_of_whole_passes(arch: str) -> None:
     model, rows = tiny.causal_lm(arch, dtype=torch.float32 if "moe" in arch else torch.float64), records()
     rows = [TokenRecord("r", (2, *row.ids), row.n_prompt + 1, 0) for row in rows]
-    start = soft_prompt._start(table_of(model), 3, "mean", scale_of(model).rms, np.random.default_rng([5, 17]))
+    start = soft_prompt._start(table_of(model), 3, "mean", rms_of(model), np.random.default_rng([5, 17]))
     vectors = start.clone().requires_grad_(True)
     losses = []
     for row in rows:
@@ -78,7 +78,7 @@ def test_the_first_step_goes_down_the_gradient_of_whole_passes(arch: str) -> Non
     (slope,) = torch.autograd.grad(loss, vectors)
     found = soft_prompt.train(model, rows, length=3, steps=1, batch=4, context=0, keep=1, learning_rate=0.01, seed=5)
     assert found.losses == (pytest.approx(float(loss.detach()), rel=1e-5),)
-    moved = (found.vectors - start) / (0.01 * scale_of(model).rms)  # Adam's first step: the sign of the gradient
+    moved = (found.vectors - start) / (0.01 * rms_of(model))  # Adam's first step: the sign of the gradient
     clear = slope.abs() > 1e-4
     assert float(clear.double().mean()) > 0.9
     torch.testing.assert_close(moved[clear], -slope.sign()[clear], rtol=0, atol=0.02)
@@ -97,7 +97,7 @@ def test_same_seed_same_bytes_and_the_start() -> None:
     first, again, other = (soft_prompt.train(model, rows, **SHORT, seed=seed).vectors for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    table, rms = table_of(model), scale_of(model).rms
+    table, rms = table_of(model), rms_of(model)
     start = soft_prompt._start(table, 400, "mean", rms, np.random.default_rng(0)) - table.mean(0)
     assert float(start.square().mean().sqrt()) == pytest.approx(0.1 * rms, rel=0.05)
     tokens = soft_prompt._start(table, 4, "tokens", rms, np.random.default_rng(0))

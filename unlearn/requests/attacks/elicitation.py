@@ -55,7 +55,7 @@ class Nearby(Schema):
         scored: records of each set, drawn by the seed; of the control set, as many again to calibrate on.
     """
 
-    marks: Marks = (1, 2, 5, 10, 20)
+    marks: Marks = (1, 2, 5, 10)
     step: Share = 0.2
     restarts: Annotated[StrictInt, Field(ge=1, le=32)] = 1
     fpr: Share = 0.05
@@ -83,6 +83,7 @@ class Images(Nearby):
 
     radius: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.03
     norm: Literal["linf", "l2"] = "linf"
+    marks: Marks = (1, 2, 5, 10, 20)
     step: Share = 0.05
     scored: Count = 64
 

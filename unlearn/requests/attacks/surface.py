@@ -41,7 +41,7 @@ class Rewrites(Schema):
         synonyms: word -> words it may become, before the built-in table.
     """
 
-    records: Count = 64
+    records: Count = 48
     kinds: tuple[Kind, ...] = Field(default=KINDS, min_length=1)
     variants: Annotated[StrictInt, Field(ge=1, le=3)] = 1
     demonstrations: Annotated[StrictInt, Field(ge=1, le=16)] = 2
