@@ -104,13 +104,22 @@ _SHOWN_ABOVE = {"verbatim.greedy", "verbatim.strength", "recollection.probabilit
 
 
 def _headlines(attacks: dict[str, Any], columns: list[str], titles: dict[str, str]) -> list[str]:
-    """The headline figure of every other attack that ran."""
-    rows = [
-        (name, *(_cell(row["arms"][arm]) for arm in columns))
-        for name, row in attacks.items()
-        if name not in _SHOWN_ABOVE and row.get("stress") is None and any(row["arms"][arm] for arm in columns)
-    ]
-    return ["", *_table(("attack", *(titles[arm] for arm in columns)), rows)] if rows else []
+    """The headline figure of every other attack that ran, then of the looks at what else an edit changed."""
+    lines = []
+    for heading, collateral, arms in (
+        ("attack", False, columns),
+        ("also changed?", True, [a for a in columns if a != "N"]),
+    ):
+        rows = [
+            (name.removeprefix("collateral."), *(_cell(row["arms"][arm]) for arm in arms))
+            for name, row in attacks.items()
+            if name.startswith("collateral.") == collateral
+            and name not in _SHOWN_ABOVE
+            and row.get("stress") is None
+            and any(row["arms"][arm] for arm in arms)
+        ]
+        lines += ["", *_table((heading, *(titles[arm] for arm in arms)), rows)] if rows else []
+    return lines
 
 
 def _durability(paired: dict[str, Any]) -> list[str]:

@@ -45,6 +45,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "recovery.savings": {"steps": 2, "every": 1, "records": 4},
     "elicitation.soft_prompt": {"steps": 2, "scored": 8},
     "elicitation.embedding": {"marks": [1], "scored": 8},
+    "elicitation.images": {"marks": [1], "scored": 16},
     "elicitation.suffix": {"length": 2, "steps": 2, "candidates": 4, "top_k": 4, "scored": 4},
     "hidden_knowledge.probe": {"records": 8, "layers": 1},
     "hidden_knowledge.steering": {"records": 8, "layers": 1, "coefficients": [1.0]},
@@ -937,7 +938,8 @@ def test_attacks_on_an_image_classifier(pictures: api.Run) -> None:
     found = documents(pictures, "before")
     scores = {f"membership.{name}" for name in ("loss", "margin", "entropy", "reference", "rmia", "gradient_norm")}
     both = {"recollection.probability", "membership.blind", "membership.flagged", "privacy_bound.one_run"}
-    assert set(found) == scores | both
+    edits = {f"recovery.{name}" for name in ("relearning", "savings", "quantisation", "pruning", "noise")}
+    assert set(found) == scores | both | edits | {"elicitation.images"}
     for row in pictures.metrics()["attacks"]:
         if "image_classification" not in catalogue()[row["name"]].tasks:
             words = "not defined for this kind of model"

@@ -228,16 +228,34 @@ def count_flushes(request: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return count[0]
 
 
+SMALL_SUITE = """\
+schema: unlearn.suite/v1
+name: killed
+description: every stage with little in it, for a run that is made many times
+noise_floor: {records: 4}
+attacks:
+  - {name: verbatim.greedy}
+  - {name: recollection.probability}
+  - {name: membership.loss}
+reaudit:
+  - {name: recovery.quantisation, schemes: [int4], records: 4}
+  - {name: recovery.relearning, steps: 2, marks: [1], scored: 4}
+"""
+
+
 def killed_and_resumed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setenv("UNLEARN_CACHE", "")
-    flushes = count_flushes(world.request, tmp_path / "whole", monkeypatch)
+    (world.folder / "killed-suite.yaml").write_text(SMALL_SUITE)
+    request = world.folder / "killed.yaml"
+    request.write_text(world.request.read_text().replace("suite: quick", "suite: killed-suite.yaml"))
+    flushes = count_flushes(request, tmp_path / "whole", monkeypatch)
     monkeypatch.setenv("UNLEARN_CACHE", "")
     expected = files(tmp_path / "whole")
     source = files(world.planted)
     stages = set()
     for at in range(4, flushes + 1, step):
         out = tmp_path / f"killed-{at}"
-        status = run_and_die(world.request, out, at)
+        status = run_and_die(request, out, at)
         assert os.WIFSIGNALED(status), f"flush {at} of {flushes} did not kill"
         stages.add(json.loads((out / "run.json").read_text()).get("stage"))
         if json.loads((out / "run.json").read_text())["status"] != "done":  # killed after the last word
