@@ -129,7 +129,9 @@ class Views:
         """
         source = self.workspace.checkpoint("checkpoint")
         parameter = self.model.get_parameter(name)
-        places = self._once("disk names", lambda: source.disk_names(self.model)).get(name, ())
+        # The copy names its tensors as the original does, and its map fits the model that is live here.
+        copy = self.workspace.checkpoint("edited")
+        places = self._once("disk names", lambda: copy.disk_names(self.model)).get(name, ())
         if len(places) == 1:
             found = source.load_tensor(places[0])
             if found.shape == parameter.shape and places[0] == name:
