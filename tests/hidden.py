@@ -8,8 +8,8 @@ Four models of one architecture over records of `tests.planted`'s language:
                 nothing is emitted any more, and most of it is still there
     untrained   the common starting point
 
-`control` are records of the same distribution that none of them was shown. The same models were measured by hand in the
-background work (token accuracy of the suppressed one .20, .48 on half B after 20 steps on half A; retrained .01).
+`control` are records of the same distribution that none of them was shown. Relearning on half of the forget records
+brings the other half back in `suppressed`, and in no other model that does not emit them already.
 """
 
 from __future__ import annotations
