@@ -108,7 +108,7 @@ def _headlines(attacks: dict[str, Any], columns: list[str], titles: dict[str, st
     lines = []
     for heading, collateral, arms in (
         ("attack", False, columns),
-        ("also changed?", True, [a for a in columns if a != "N"]),
+        ("what else changed", True, [a for a in columns if a != "N"]),
     ):
         rows = [
             (name.removeprefix("collateral."), *(_cell(row["arms"][arm]) for arm in arms))
