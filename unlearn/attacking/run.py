@@ -19,13 +19,11 @@ from probes import statistics
 from probes.errors import ResourceError, UnsupportedError, UsageError
 from unlearn.attacking.result import Result, frame
 from unlearn.attacking.views import Views
-from unlearn.evidence.measure import Measured, Settings, records_digest
+from unlearn.evidence.measure import Measured, Settings
 from unlearn.evidence.metrics import residual_figure
 from unlearn.evidence.stress import ERROR, Arms, Judged, judge, summarise
-from unlearn.records.files import as_row
 from unlearn.requests.attacks import BUILT_IN, NEEDS, Declaration, Size, catalogue, passes, within
 from unlearn.runs import cache
-from unlearn.runs.folder import digest
 from unlearn.workspace import Workspace
 
 Runner = Callable[[Views, dict[str, Any]], Result]
@@ -158,21 +156,7 @@ def _result(declaration: Declaration, views: Views, entry: dict[str, Any]) -> Re
     """
     if not declaration.stress or "edited" in declaration.needs or declaration.name not in _OWN:
         return _call(declaration, views, entry)
-    loaded, settings, sets = views.loaded, views.settings, views.workspace.sets()
-    key = cache.key_of(
-        kind="attack",
-        version=VERSION,
-        attack=entry,
-        tensors=loaded.tensor_digest,
-        tokenizer=loaded.tokenizer_digest,
-        settings=settings.as_dict(),
-        data={role: records_digest(records) for role, records in sets.items()},
-        clusters={role: [record.group for record in records] for role, records in sets.items()},
-        text=digest([[as_row(record) for record in views.raw(role) or []] for role in sets]),
-        edited_from=views.workspace.checkpoint("checkpoint").tensor_digest() if views.edited else None,
-        inputs={what: views.workspace.run.input_digest(what) for what in views.workspace.job.inputs},
-        reference=views.workspace.job.reference is not None,
-    )
+    key = cache.key_of(kind="attack", version=VERSION, attack=entry, **views.conditions)
     hit = cache.lookup(key, ".json")
     if hit is not None:
         return Result.restored(json.loads(hit.read_text()))

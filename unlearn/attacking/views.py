@@ -26,8 +26,10 @@ from probes.modelmap import ModelMap
 from probes.records import ImageRecord, TokenRecord
 from probes.sharedprefix import completion_log_probs
 from unlearn.evidence import tokens
-from unlearn.evidence.measure import Loaded, Measured, Progress, Settings, token_table
+from unlearn.evidence.measure import Loaded, Measured, Progress, Settings, records_digest, token_table
+from unlearn.records.files import as_row
 from unlearn.records.raw import Message, RawRecord
+from unlearn.runs.folder import digest
 from unlearn.workspace import Workspace
 
 ROLES = ("records", "control")
@@ -137,6 +139,23 @@ class Views:
             if found.shape == parameter.shape and places[0] == name:
                 return found.to(parameter.dtype)
         return self.also("checkpoint").model.get_parameter(name).detach().cpu()
+
+    @cached_property
+    def conditions(self) -> dict[str, Any]:
+        """Everything but the attack itself that its outcome depends on, for keys of the store; read once a model."""
+        loaded, workspace = self.loaded, self.workspace
+        sets = workspace.sets()
+        return {
+            "tensors": loaded.tensor_digest,
+            "tokenizer": loaded.tokenizer_digest,
+            "settings": self.settings.as_dict(),
+            "data": {role: records_digest(records) for role, records in sets.items()},
+            "clusters": {role: [record.group for record in records] for role, records in sets.items()},
+            "text": digest([[as_row(record) for record in self.raw(role) or []] for role in sets]),
+            "edited_from": workspace.checkpoint("checkpoint").tensor_digest() if self.edited else None,
+            "inputs": {what: workspace.run.input_digest(what) for what in workspace.job.inputs},
+            "reference": workspace.job.reference is not None,
+        }
 
     # -- records ---------------------------------------------------------------------------------------------------
 

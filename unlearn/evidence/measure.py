@@ -175,9 +175,8 @@ def _cached(
         stored: dict[str, Any] = json.loads(hit.read_text())
         return stored
     result = compute()
-    cache.keep(
-        key, ".json", json.dumps(result).encode()
-    )  # infinities as Python writes them: the store is read by us alone
+    # infinities as Python writes them: the store is read by us alone
+    cache.keep(key, ".json", json.dumps(result).encode())
     return result
 
 
