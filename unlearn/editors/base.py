@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from probes.errors import UsageError
 from probes.records import ImageRecord, TokenRecord
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Record = TokenRecord | ImageRecord
 Progress = Callable[[int, int], None]
+Rewording = Literal["supplied", "rules", "model"]
 
 # Registered name -> where the class lives. Requests name editors by this name, never by an import path.
 EDITORS = {
@@ -38,6 +39,23 @@ EDITORS = {
 }
 
 
+class Texts(Protocol):
+    """Other wordings of the records to forget, for editors that train on more than the records themselves.
+
+    A wording carries the `record_id` of the record it comes from. The same arguments give the same wordings.
+    """
+
+    def paraphrases(self, per_record: int, how: Rewording, seed: int) -> list[TokenRecord]:
+        """The records in other words: up to so many of each, record by record.
+
+        Raises:
+            UsageError: none were supplied, or the supplied ones are not of these records.
+        """
+
+    def perturbed(self, per_record: int, seed: int) -> list[TokenRecord]:
+        """The records with wrong answers of the same form: up to so many of each, record by record."""
+
+
 @dataclass(slots=True)
 class EditContext:
     """Everything an editor may use.
@@ -49,6 +67,7 @@ class EditContext:
         forget: records to forget.
         retain: records whose behaviour must stay.
         seed: for every random choice.
+        texts: other wordings of the records to forget; None where they are no text.
         work: a private folder for intermediate files; may be emptied afterwards.
         cache_parts: what a cached result about this model depends on (digests, dtype, device), without the data.
         progress: called with (done, total).
@@ -61,6 +80,7 @@ class EditContext:
     retain: Sequence[Record]
     seed: int
     work: Path
+    texts: Texts | None = None
     cache_parts: dict[str, Any] = field(default_factory=dict)
     progress: Progress = lambda done, total: None
 
@@ -93,6 +113,7 @@ class Editor(Protocol):
     paper: ClassVar[str]
     needs_retain: ClassVar[bool]
     needs_forget: ClassVar[bool]
+    inference_time: ClassVar[bool]  # the copy answers differently, but its files still hold the original's weights
 
     def __init__(self, parameters: dict[str, Any]) -> None:
         """Validate parameters.

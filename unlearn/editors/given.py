@@ -70,6 +70,7 @@ class GivenEditor:
     paper: ClassVar[str] = "none: made elsewhere"
     needs_retain: ClassVar[bool] = False
     needs_forget: ClassVar[bool] = False
+    inference_time: ClassVar[bool] = False
 
     def __init__(self, parameters: dict[str, Any]) -> None:
         """Validate parameters.

@@ -137,6 +137,7 @@ class KFACEditor:
     paper: ClassVar[str] = "arXiv 2510.24256"
     needs_retain: ClassVar[bool] = True
     needs_forget: ClassVar[bool] = False
+    inference_time: ClassVar[bool] = False
 
     def __init__(self, parameters: dict[str, Any]) -> None:
         """Validate parameters.

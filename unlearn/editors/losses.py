@@ -307,6 +307,7 @@ class AscentEditor:
     paper: ClassVar[str] = "arXiv 2210.01504"
     needs_retain: ClassVar[bool] = False
     needs_forget: ClassVar[bool] = True
+    inference_time: ClassVar[bool] = False
     schema: ClassVar[type[AscentParameters]] = AscentParameters
     reads_reference: ClassVar[bool] = False
 

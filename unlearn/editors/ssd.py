@@ -304,6 +304,7 @@ class SSDEditor:
     paper: ClassVar[str] = "arXiv 2308.07707"
     needs_retain: ClassVar[bool] = True
     needs_forget: ClassVar[bool] = True
+    inference_time: ClassVar[bool] = False
 
     def __init__(self, parameters: dict[str, Any]) -> None:
         """Validate parameters.

@@ -52,6 +52,7 @@ class SVDEditor:
     paper: ClassVar[str] = "baseline of arXiv 2510.24256"
     needs_retain: ClassVar[bool] = False
     needs_forget: ClassVar[bool] = False
+    inference_time: ClassVar[bool] = False
 
     def __init__(self, parameters: dict[str, Any]) -> None:
         """Validate parameters.
