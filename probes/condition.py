@@ -221,6 +221,7 @@ def condition_table(
     """
     if model_map is None or model_map.model is not model:
         model_map = ModelMap.of(model)
+    model_map.expect_single()
     chosen = _chosen(model_map, modules)
     total = sum(projection.experts or 1 for projection in chosen)
     return _table(_matrices(model_map, chosen), total, progress)

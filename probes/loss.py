@@ -3,7 +3,8 @@
 For hidden states h_n, logits z_n = head(h_n) (the model's own scaling and soft-capping included) and weights w_n
 
     cross entropy   L = sum_n w_n (logsumexp(z_n) - z_n[y_n])
-    squared norm    L = sum_n w_n ||z_n||^2                     (label-free importance, arXiv 2402.19308)
+    uniform         L = sum_n w_n (logsumexp(z_n) - mean_v z_nv)   (to know nothing, arXiv 2406.08607)
+    squared norm    L = sum_n w_n ||z_n||^2                        (label-free importance, arXiv 2402.19308)
 
 The forward pass visits the positions a chunk at a time and, while the chunk's logits are there, also takes the
 gradients with respect to the hidden states and to those head parameters that train. The backward pass only scales
@@ -58,6 +59,26 @@ def cross_entropy(
         return functional.cross_entropy(logits, target, reduction="none") @ weights[part].to(logits)
 
     return _chunked(model_map, hidden, objective, chunk_elements)
+
+
+def uniform(model_map: ModelMap, hidden: Tensor, weights: Tensor, *, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+    """Weighted sum of the cross entropies of the uniform distribution with the model's, in nats.
+
+    At each position this is log V + KL(uniform || model), V the width of the logits: log V where the model is uniform,
+    more elsewhere. In this form it stays finite however small a probability is.
+
+    Arguments and result as for `cross_entropy`.
+    """
+
+    def objective(logits: Tensor, part: slice) -> Tensor:
+        return uniform_entropies(logits) @ weights[part].to(logits)
+
+    return _chunked(model_map, hidden, objective, chunk_elements)
+
+
+def uniform_entropies(logits: Tensor) -> Tensor:
+    """Cross entropy [...] of the uniform distribution with softmax(logits [..., V]), nats; at least log V."""
+    return logits.logsumexp(-1) - logits.mean(-1)
 
 
 def squared_norm(

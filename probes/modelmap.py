@@ -16,6 +16,11 @@ Structure first, names last:
 - A causal language model is *run* on four tokens: the order of its blocks, its final norm, its causality and
   `logits(backbone(x)) == model(x).logits` are observed, not assumed. The run leaves weights, training modes and
   random state as they were.
+
+A *composite* computes its distribution from two models, one of them inside it at `target` (an inference-time method's
+model). It has `states_model()`, which gives the final states of both side by side, and `states_logits(states)`; the
+map's `backbone` and `logits` are these two, so whatever goes through them measures the composite. Blocks, head and
+roles are those of the model at `target`.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal, cast
 
@@ -112,6 +117,8 @@ class ModelMap:
         vocab_size: width of the output: the vocabulary, padding rows included, or the number of labels.
         roles: for every name in `named_parameters()` the role of its projection, or "head", "embedding" (a table or
             token), "patch", "position", "norm", "scale" (a gain per channel), "bias" or "other".
+        composite: whether the distribution comes from two models: blocks, head and roles are then those of the model
+            at `target` (what the other one owns is "other"), and neither its weights nor its logits are the whole.
     """
 
     model: nn.Module = field(repr=False)
@@ -128,6 +135,7 @@ class ModelMap:
     roles: dict[str, str] = field(repr=False)
     _linear: tuple[Projection, ...] = field(repr=False)
     _rule: _LogitRule = field(repr=False)
+    composite: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelMap:
@@ -143,6 +151,8 @@ class ModelMap:
             UnsupportedError: an encoder-only, sequence-to-sequence, multimodal, headless, quantised or adapter-wrapped
                 model, or a language model whose logits the map cannot reproduce.
         """
+        if _is_composite(model):
+            return _around(cls.of(model.get_submodule(_INSIDE)), model)
         task = _task(model)
         head = _find_head(model, task)
         chain = _find_chain(model, head)
@@ -213,11 +223,14 @@ class ModelMap:
     def backbone(self, model: nn.Module | None = None) -> nn.Module:
         """The language model without its head; `.last_hidden_state` [B, T, d] of its output follows the final norm.
 
+        Of a composite they are the final states of both models, side by side.
+
         Args:
             model: another instance of the same architecture; the mapped model by default.
         """
         self._expect_language_model()
-        return _backbone(self.model if model is None else model)
+        model = self.model if model is None else model
+        return cast(Any, model).states_model() if self.composite else _backbone(model)
 
     def logits(self, hidden: Tensor, model: nn.Module | None = None) -> Tensor:
         """Logits of final hidden states, with the model's own scaling and soft-capping.
@@ -230,11 +243,95 @@ class ModelMap:
             [..., vocabulary], equal to `model(...).logits` at the same positions.
         """
         self._expect_language_model()
-        return self._rule(_apply_head(self.model if model is None else model, self.head, hidden))
+        model = self.model if model is None else model
+        if self.composite:
+            return cast(Tensor, cast(Any, model).states_logits(hidden))
+        return self._rule(_apply_head(model, self.head, hidden))
+
+    def expect_single(self) -> None:
+        """Refuse a composite, for what looks into the weights, gradients or blocks of one model.
+
+        Raises:
+            UnsupportedError: the distribution comes from two models, and parts of one would pass for the whole.
+        """
+        if self.composite:
+            raise UnsupportedError(
+                f"expected one model with weights of its own, found {type(self.model).__name__}, whose answers come "
+                "from two; look into the model it was made from"
+            )
+
+    @property
+    def logit_rule(self) -> dict[str, float | bool | None]:
+        """What the model does to its head's output z: z * scale, or z / scale if `divide`; then cap * tanh(z / cap).
+
+        Of a composite it is what the model at `target` does; its `states_logits` has seen to it.
+        """
+        return {"scale": self._rule.scale, "divide": self._rule.divide, "cap": self._rule.cap}
 
     def _expect_language_model(self) -> None:
         if self.task != "causal_lm":
             raise UnsupportedError("expected a causal language model, found an image classifier; call the model itself")
+
+
+# ---------------------------------------------------------------------------------------------------- composites
+
+_INSIDE = "target"  # path of the model inside a composite
+
+
+def _is_composite(model: nn.Module) -> bool:
+    return all(callable(getattr(model, name, None)) for name in ("states_model", "states_logits"))
+
+
+def _around(inside: ModelMap, model: nn.Module) -> ModelMap:
+    """The map of a composite, from that of the model inside it."""
+
+    def path(name: str) -> str:
+        return f"{_INSIDE}.{name}"
+
+    def paths(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(path, names))
+
+    def moved(projections: tuple[Projection, ...]) -> tuple[Projection, ...]:
+        return tuple(
+            replace(
+                p, module=path(p.module), parameter=path(p.parameter), bias=None if p.bias is None else path(p.bias)
+            )
+            for p in projections
+        )
+
+    if inside.task == "causal_lm":
+        _check_composite(model)
+    roles = {path(name): role for name, role in inside.roles.items()}
+    return replace(
+        inside,
+        model=model,
+        composite=True,
+        blocks=tuple(
+            Block(block.index, path(block.name), moved(block.attention), moved(block.feed_forward))
+            for block in inside.blocks
+        ),
+        outside=moved(inside.outside),
+        embeddings=paths(inside.embeddings),
+        position_embeddings=paths(inside.position_embeddings),
+        norms=paths(inside.norms),
+        head=path(inside.head),
+        final_norm=None if inside.final_norm is None else path(inside.final_norm),
+        tied=_tied(model),
+        roles={name: roles.get(name, "other") for name, _ in model.named_parameters()},
+        _linear=moved(inside._linear),
+    )
+
+
+def _check_composite(model: Any) -> None:
+    """Refuse a composite whose logits are not those of its own states."""
+    kind, device = type(model).__name__, next(model.parameters()).device
+    ids = torch.tensor([[0, 1, 2, 3]], device="cpu" if device.type == "meta" else device)  # [1, T]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with _undisturbed(model, ids.device):
+        states = model.states_model()(**inputs).last_hidden_state  # [1, T, d + d_a]
+        logits, own = model.states_logits(states), model(**inputs).logits
+    if not _same(own, logits):
+        raise UnsupportedError(f"expected logits that are those of the final states, found others in {kind}")
 
 
 # ------------------------------------------------------------------------------------------ what kind of model

@@ -30,6 +30,7 @@ def parts_of(model_map: ModelMap) -> dict[tuple[int, Part], tuple[str, ...]]:
     Raises:
         UnsupportedError: blocks whose parts cannot be told apart, as in a convolutional network.
     """
+    model_map.expect_single()
     found: dict[tuple[int, Part], tuple[str, ...]] = {}
     for block in model_map.blocks:
         for part, own, others in (

@@ -62,6 +62,7 @@ def losses_of(
     if isinstance(records[0], TokenRecord):
         if model_map is None or model_map.model is not model:
             model_map = ModelMap.of(model)
+        model_map.expect_single()
         return _Texts(model_map, cast("Sequence[TokenRecord]", records), sampled, seed)
     return _Images(model, cast("Sequence[ImageRecord]", records), sampled, seed)
 

@@ -96,6 +96,7 @@ def sites(
         UsageError: a pattern, block or role that matches nothing.
         UnsupportedError: a pattern that matches only maps without a rule.
     """
+    model_map.expect_single()
     usable: list[Site] = []
     refused: dict[str, str] = {}
     for projection in _in_depth_order(model_map):

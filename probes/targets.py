@@ -105,6 +105,7 @@ def targets_of(model_map: ModelMap, records: Sequence[TokenRecord] | Sequence[Im
         UsageError: images for a language model or texts for a classifier.
         UnsupportedError: token ids or labels that the model does not have.
     """
+    model_map.expect_single()
     texts = isinstance(records[0], TokenRecord)
     if texts != (model_map.task == "causal_lm"):
         raise UsageError(

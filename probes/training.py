@@ -186,9 +186,7 @@ def fit(
                 copy.grad = None if parameter.grad is None else parameter.grad.to(copy.dtype)
             if clip is not None:
                 nn.utils.clip_grad_norm_(moved, clip)
-            share = min(1.0, (i + 1) / warm_up) if warm_up else 1.0
-            if decay == "linear":
-                share = min(share, (steps - i) / max(1, steps - warm_up))
+            share = rate_share(i, steps=steps, warm_up=warm_up, decay=decay)
             optimiser.param_groups[0]["lr"] = learning_rate * share
             optimiser.step()
             with torch.no_grad():
@@ -200,6 +198,15 @@ def fit(
     finally:
         _clear(parameters)
     return losses
+
+
+def rate_share(i: int, *, steps: int, warm_up: int, decay: Decay) -> float:
+    """The rate of step i, from 0, as a share of the peak; the arguments are those of `fit`.
+
+    For an `after` that does a step of its own, such as a proximal one, at the rate of the step before it.
+    """
+    share = min(1.0, (i + 1) / warm_up) if warm_up else 1.0
+    return min(share, (steps - i) / max(1, steps - warm_up)) if decay == "linear" else share
 
 
 def _taken(step: Callable[[int], float], i: int) -> float:
@@ -333,6 +340,7 @@ def adaptable(model_map: ModelMap) -> bool:
 
 def _chosen(model_map: ModelMap, model: nn.Module, roles: Collection[str] | None, first_block: int) -> list[Projection]:
     """The projections to adapt."""
+    model_map.expect_single()
     wanted = [
         projection
         for block in model_map.blocks[max(0, first_block) :]

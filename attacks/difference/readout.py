@@ -157,6 +157,7 @@ def read_edit(
     if largest < 1 or top < 1:
         raise UsageError(f"expected largest and top of at least 1, found {largest} and {top}; give positive numbers")
     model_map = model_map or ModelMap.of(model)
+    model_map.expect_single()
     stacked = {p.parameter for p in model_map.projections() if p.experts is not None}
     parameters = list(model.named_parameters())
     found, squares, changes = [], [], []

@@ -290,7 +290,7 @@ class _HiddenStates:
                 for row, i in enumerate(batch):
                     states = hidden.last_hidden_state[row, : len(encoded[i])]  # [tokens, d]
                     found[i] = states.double().mean(0).cpu().numpy()
-        width = next(p.in_features for p in self.model_map.linear_modules() if p.module == self.model_map.head)
+        width = len(next(iter(found.values()))) if found else 1  # without a token there is nothing to compare
         return np.array([found.get(i, np.zeros(width)) for i in range(len(texts))]).reshape(len(texts), width)
 
 

@@ -62,6 +62,7 @@ def targets(model_map: ModelMap, *, head: bool = False, embeddings: bool = False
     Raises:
         UnsupportedError: no block has a linear map.
     """
+    model_map.expect_single()
     parameters = dict(model_map.model.named_parameters())
     found: dict[str, Target] = {}
 

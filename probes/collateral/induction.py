@@ -174,6 +174,7 @@ def prefix_matching(
     """
     _check_length(model, drawn)
     model_map = model_map or ModelMap.of(model)
+    model_map.expect_single()
     device = next(model.parameters()).device
     ids = torch.tensor([record.ids for record in drawn.records], device=device)  # [S, T]
     size = max(1, (batch_tokens or default_batch_tokens(device)) // ids.shape[1])

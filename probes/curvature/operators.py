@@ -58,6 +58,7 @@ _NO_SECOND_DERIVATIVE = ("derivative for", "differentiate twice")  # how torch s
 
 def block_parameters(model_map: ModelMap) -> dict[int, tuple[str, ...]]:
     """Names of the parameters of each block, for one operator per block; those outside the blocks are left out."""
+    model_map.expect_single()
     found: dict[int, list[str]] = {block.index: [] for block in model_map.blocks}
     for name, _ in model_map.model.named_parameters():
         if (index := model_map.block_of(name)) is not None:

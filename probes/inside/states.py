@@ -58,6 +58,7 @@ def language_map(model: nn.Module, model_map: ModelMap | None) -> ModelMap:
         model_map = ModelMap.of(model)
     if model_map.task != "causal_lm":
         raise UnsupportedError("expected a causal language model to look inside, found an image classifier")
+    model_map.expect_single()
     return model_map
 
 

@@ -17,6 +17,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from probes.errors import UnsupportedError
 from probes.modelmap import ModelMap, Projection
@@ -569,3 +570,103 @@ def test_image_classifiers(arch: str) -> None:
     assert found.task == "image_classification"
     assert found.vocab_size == 4
     assert not found.tied
+
+
+# ------------------------------------------------------------------------------------------------------ composites
+
+
+class _Halves(nn.Module):
+    """The mean of the logits of a model and of a second one of another width."""
+
+    def __init__(self, target: nn.Module) -> None:
+        super().__init__()
+        self.target = target
+        self.other = tiny.causal_lm("llama", seed=4, hidden_size=16, head_dim=4)
+
+    def states_model(self) -> nn.Module:
+        class States(nn.Module):
+            def __init__(self, owner: _Halves) -> None:
+                super().__init__()
+                self.owner = owner
+
+            def forward(self, input_ids: Tensor, **_: object) -> BaseModelOutputWithPast:
+                states = [m.base_model(input_ids).last_hidden_state for m in (self.owner.target, self.owner.other)]
+                return BaseModelOutputWithPast(last_hidden_state=torch.cat(states, dim=-1))
+
+        return States(self)
+
+    def states_logits(self, states: Tensor) -> Tensor:
+        ours, theirs = self.target.get_output_embeddings(), self.other.get_output_embeddings()
+        return 0.5 * (ours(states[..., :-16]) + theirs(states[..., -16:]))
+
+    def forward(self, input_ids: Tensor, **_: object) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=self.states_logits(self.states_model()(input_ids).last_hidden_state))
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen2", "mixtral"])
+@torch.no_grad()
+def test_a_composite_is_run_as_a_whole_and_has_the_parts_of_the_model_inside(arch: str) -> None:
+    inside = tiny.causal_lm(arch)
+    model = _Halves(inside).train()
+    found, plain = ModelMap.of(model), ModelMap.of(inside)
+    assert found.composite
+    assert not plain.composite
+    assert found.model is model
+    assert all(m.training for m in model.modules())
+    model.eval()
+    want = model(_ids()).logits
+    hidden = found.backbone()(input_ids=_ids()).last_hidden_state
+    assert hidden.shape[-1] == 32 + 16
+    torch.testing.assert_close(found.logits(hidden), want)
+    torch.testing.assert_close(found.logits(hidden[1, 2:4]), want[1, 2:4])
+    other = copy.deepcopy(model)
+    other.other.lm_head.weight.mul_(2.0)
+    changed = found.logits(found.backbone(other)(input_ids=_ids()).last_hidden_state, other)
+    torch.testing.assert_close(changed, other(_ids()).logits)
+    assert not torch.allclose(changed, want)
+
+    def inner(projections: tuple[Projection, ...]) -> list[tuple[str, str, str | None, str]]:
+        return [(p.module, p.parameter, p.bias, p.role) for p in projections]
+
+    def outer(projections: tuple[Projection, ...]) -> list[tuple[str, str, str | None, str]]:
+        paths = [(p.module, p.parameter, p.bias, p.role) for p in projections]
+        return [(f"target.{m}", f"target.{w}", None if b is None else f"target.{b}", role) for m, w, b, role in paths]
+
+    assert inner(tuple(found.projections())) == outer(tuple(plain.projections()))
+    assert inner(found.linear_modules()) == outer(plain.linear_modules())
+    assert [b.name for b in found.blocks] == [f"target.{b.name}" for b in plain.blocks]
+    for name in ("embeddings", "position_embeddings", "norms"):
+        assert getattr(found, name) == tuple(f"target.{n}" for n in getattr(plain, name))
+    assert (found.head, found.final_norm) == (f"target.{plain.head}", f"target.{plain.final_norm}")
+    assert found.vocab_size == plain.vocab_size
+    assert found.logit_rule == plain.logit_rule
+    assert found.tied == {f"target.{a}": f"target.{b}" for a, b in plain.tied.items()}
+    assert list(found.roles) == [name for name, _ in model.named_parameters()]
+    for name, role in found.roles.items():
+        assert role == ("other" if name.startswith("other.") else plain.roles[name.removeprefix("target.")])
+    for p in found.linear_modules():
+        assert model.get_submodule(p.module).weight is model.get_parameter(p.parameter)
+        assert found.block_of(p.parameter) == plain.block_of(p.parameter.removeprefix("target."))
+
+
+def test_a_composite_whose_logits_are_others_is_refused() -> None:
+    model = _Halves(tiny.causal_lm("gpt2"))
+    states_logits = model.states_logits
+    model.states_logits = lambda states: states_logits(states) + torch.linspace(0, 0.1, 96)  # also in its forward
+    assert ModelMap.of(model).composite
+    model.forward = lambda input_ids, **_: CausalLMOutputWithPast(logits=model.target(input_ids).logits)
+    with pytest.raises(UnsupportedError, match="expected logits that are those of the final states"):
+        ModelMap.of(model)
+
+
+@pytest.mark.parametrize(
+    ("arch", "rule"),
+    [
+        ("llama", {"scale": 1.0, "divide": False, "cap": None}),
+        ("gemma2", {"scale": 1.0, "divide": False, "cap": 2.0}),
+        ("granite", {"scale": 4.0, "divide": True, "cap": None}),
+        ("cohere", {"scale": 0.25, "divide": False, "cap": None}),
+    ],
+)
+def test_what_a_model_does_to_its_heads_output(arch: str, rule: dict[str, object]) -> None:
+    assert _map(arch).logit_rule == rule
