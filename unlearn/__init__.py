@@ -5,6 +5,7 @@
     run = forget("request.yaml")
     run = probe("kfac", "checkpoint", data="text.jsonl")
     run = attack("membership.loss", "checkpoint", records="records.jsonl", control="never-seen.jsonl")
+    model = load_model("checkpoint", dtype="float32", device="cpu")
 
 Importing this package loads no model library; the first call does.
 """
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from unlearn._version import __version__
 
 if TYPE_CHECKING:
-    from unlearn.api import Options, RecordFormat, Run, attack, audit, edit, forget, probe
+    from unlearn.api import Options, RecordFormat, Run, attack, audit, edit, forget, load_model, probe
 
-__all__ = ["Options", "RecordFormat", "Run", "__version__", "attack", "audit", "edit", "forget", "probe"]
+__all__ = ["Options", "RecordFormat", "Run", "__version__", "attack", "audit", "edit", "forget", "load_model", "probe"]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ from unlearn.checkpoints import writer
 from unlearn.checkpoints.checkpoint import LiveCheckpoint, open_checkpoint, write_edited
 from unlearn.checkpoints.diskmap import DiskMap, revert
 from unlearn.checkpoints.loading import transformers_errors
-from unlearn.checkpoints.manifest import identify
+from unlearn.checkpoints.manifest import PickledWeightsError, identify, weight_files
 
 SHARDED = 3
 
@@ -453,6 +453,221 @@ def test_an_interrupted_edit_leaves_nothing(saved: Callable[..., Path], tmp_path
     with pytest.raises(KeyboardInterrupt):
         write_edited(open_checkpoint(saved("llama")), tmp_path / "out", edit)
     assert list(tmp_path.iterdir()) == []
+
+
+# -- files beside the weights ------------------------------------------------------------------------------------------
+
+ASSISTANT, RULE = "assistant.safetensors", "assistant.rule"
+
+
+def beside(folder: Path, **changes: Any) -> dict[str, Any]:
+    """What makes a copy of `folder` a difference of two models: one more weight file, another config."""
+    target = json.loads((folder / "config.json").read_text())
+    config = {"model_type": "uld", "architectures": ["ULDForCausalLM"], "target": target}
+    noise = torch.Generator().manual_seed(1)
+    tensors = {
+        "assistant.b": torch.randn(3, 5, generator=noise),
+        "assistant.a": torch.randn(2, generator=noise).bfloat16(),
+        RULE: torch.tensor([0.75, 0.01, 0.01, 0, 0, 1, 1], dtype=torch.float64),
+    }
+    added = {ASSISTANT: tensors}
+    return {"added": added, "replaced": {"config.json": json.dumps(config).encode(), "code.py": b"x = 1\n"}} | changes
+
+
+@pytest.mark.parametrize("shards", [1, SHARDED])
+def test_added_weights_are_in_the_digest_and_the_manifest(
+    saved: Callable[..., Path], tmp_path: Path, shards: int
+) -> None:
+    folder = saved("llama", shards)
+    before, more = contents(folder), beside(folder)
+    target = "model.layers.1.mlp.down_proj.weight"
+    edit = lambda name, tensor: tensor * 1.5 if name == target else None  # noqa: E731
+    deltas = write_edited(open_checkpoint(folder), tmp_path / "out", edit, **more)
+    after = contents(tmp_path / "out")
+    assert after.keys() - before.keys() == {ASSISTANT, "code.py"}
+    save_file(more["added"][ASSISTANT], tmp_path / "reference.safetensors", {"format": "pt"})
+    assert after[ASSISTANT] == (tmp_path / "reference.safetensors").read_bytes()
+    assert (after["config.json"], after["code.py"]) == tuple(more["replaced"].values())
+    plain = write_edited(open_checkpoint(folder), tmp_path / "plain", edit)
+    same = contents(tmp_path / "plain")
+    assert {name for name in same if same[name] != after[name]} == {"config.json"}
+    assert list(deltas) == list(plain)
+    assert deltas.tensor_digest != plain.tensor_digest
+    again = identify(tmp_path / "out")
+    assert (again.tensor_digest, again.manifest) == (deltas.tensor_digest, deltas.manifest)
+    assert contents(folder) == before
+
+
+def test_the_same_additions_give_the_same_bytes(saved: Callable[..., Path], tmp_path: Path) -> None:
+    opened, more = open_checkpoint(saved("llama")), beside(saved("llama"))
+    write_edited(opened, tmp_path / "one", untouched, **more)
+    backwards = {ASSISTANT: dict(reversed(more["added"][ASSISTANT].items()))}
+    replaced = dict(reversed(more["replaced"].items()))
+    write_edited(opened, tmp_path / "two", untouched, added=backwards, replaced=replaced)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_no_additions_change_no_byte(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = saved("llama", SHARDED)
+    deltas = write_edited(open_checkpoint(folder), tmp_path / "out", untouched, added={}, replaced={})
+    assert contents(tmp_path / "out") == contents(folder)
+    assert deltas.tensor_digest == open_checkpoint(folder).tensor_digest()
+
+
+def test_added_tensors_may_be_views_and_empty(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = saved("llama")
+    square = torch.arange(12.0).reshape(3, 4)
+    tensors = {"assistant.t": square.T, "assistant.row": square[1], "assistant.none": torch.empty(0, 3)}
+    more = beside(folder, added={ASSISTANT: tensors})
+    write_edited(open_checkpoint(folder), tmp_path / "out", untouched, **more)
+    found = load_file(tmp_path / "out" / ASSISTANT)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"added": {ASSISTANT: {"x": torch.tensor([1.0, float("nan")])}}}, "NaN or infinity in x"),
+        ({"added": {ASSISTANT: {"x": torch.tensor(float("-inf")).bfloat16()}}}, "NaN or infinity in x"),
+        ({"added": {ASSISTANT: {"model.norm.weight": torch.ones(32)}}}, "new tensor name"),
+        ({"added": {ASSISTANT: {"x": torch.ones(1)}, "b.safetensors": {"x": torch.ones(1)}}}, "new tensor name"),
+        ({"added": {ASSISTANT: {"x\ny": torch.ones(1)}}}, "new tensor name"),
+        ({"added": {"model.safetensors": {"x": torch.ones(1)}}}, "new weight file"),
+        ({"added": {"consolidated.safetensors": {"x": torch.ones(1)}}}, "new weight file"),
+        ({"added": {"../x.safetensors": {"x": torch.ones(1)}}}, "plain name"),
+        ({"added": {".x.safetensors": {"x": torch.ones(1)}}}, "plain name"),
+        ({"added": {"x.bin": {"x": torch.ones(1)}}}, "plain name"),
+        ({"replaced": {"model.safetensors": b""}}, "holds weights"),
+        ({"replaced": {ASSISTANT: b""}}, "holds weights"),
+        ({"replaced": {"pytorch_model.bin": b""}}, "holds weights"),
+        ({"replaced": {"model.safetensors.index.json": b"{}"}}, "holds weights"),
+        ({"replaced": {"../x.json": b"{}"}}, "inside the copy"),
+        ({"replaced": {"/x.json": b"{}"}}, "inside the copy"),
+        ({"replaced": {".x.json": b"{}"}}, "inside the copy"),
+        ({"replaced": {"a//x.json": b"{}"}}, "inside the copy"),
+        ({"replaced": {}}, "read from assistant.safetensors, model.safetensors, found model.safetensors"),
+        ({"added": {"other.safetensors": {"x": torch.ones(1)}}, "replaced": {}}, "read from"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_additions_that_clash_are_refused(
+    fresh: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder = fresh("llama")
+    (folder / "consolidated.safetensors").write_bytes(b"a second copy")
+    before = contents(folder)
+    with pytest.raises(IntegrityError, match=message) as caught:
+        write_edited(open_checkpoint(folder), tmp_path / "out", untouched, **beside(folder, **changes))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert contents(folder) == before
+
+
+def test_additions_count_as_needed_space(
+    saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved("llama")
+    opened, more = open_checkpoint(folder), beside(folder)
+    size = (folder / "model.safetensors").stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, size))
+    write_edited(opened, tmp_path / "plain", untouched)
+    for some in ({"added": more["added"]}, {"replaced": more["replaced"]}):
+        with pytest.raises(ResourceError, match="free disk"):
+            write_edited(opened, tmp_path / "out", untouched, **some)
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+def test_a_disk_that_fills_up_while_adding_leaves_nothing(
+    saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = saved("llama"), os.fsync
+    opened, more = open_checkpoint(folder), beside(folder)
+    calls: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: calls.append(handle))
+    write_edited(opened, tmp_path / "plain", untouched)
+    plain = len(calls)
+    calls.clear()
+    write_edited(opened, tmp_path / "more", untouched, **more)
+    total = len(calls)
+    assert total == plain + 2  # the assistant and the code; config.json is one file for another
+    kept = contents(tmp_path)
+
+    def full(handle: int) -> None:
+        left.pop()
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    for number in range(1, total):  # the last is the parent's, after the rename
+        left = [0] * number
+        with pytest.raises(ResourceError):
+            write_edited(opened, tmp_path / "out", untouched, **more)
+        assert contents(tmp_path) == kept
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["more", "plain"]
+
+
+def test_an_interrupt_while_adding_leaves_nothing(saved: Callable[..., Path], tmp_path: Path) -> None:
+    def stop(folder: Path) -> None:
+        assert (folder / ASSISTANT).exists()
+        raise KeyboardInterrupt
+
+    opened = open_checkpoint(saved("llama"))
+    with pytest.raises(KeyboardInterrupt):
+        write_edited(opened, tmp_path / "out", untouched, before_rename=stop, **beside(saved("llama")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_assistant_of_no_difference_is_a_second_copy(fresh: Callable[..., Path], tmp_path: Path) -> None:
+    folder = fresh("llama")
+    before = open_checkpoint(folder).tensor_digest()
+    save_file({"assistant.a": torch.ones(2)}, folder / ASSISTANT, {"format": "pt"})
+    opened = open_checkpoint(folder)
+    assert opened.tensor_digest() == before
+    assert not any(name.startswith("assistant") for name in opened.tensor_names())
+    assert write_edited(opened, tmp_path / "out", untouched).left_out == [ASSISTANT]
+
+
+def test_a_differences_weights_are_those_of_both(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = saved("llama", SHARDED)
+    out = tmp_path / "out"
+    write_edited(open_checkpoint(folder), out, untouched, **beside(folder))
+    assert set(weight_files(out).files) == {*weight_files(folder).files, ASSISTANT}
+    assert weight_files(out).index == weight_files(folder).index
+    raw = (out / ASSISTANT).read_bytes()
+    shard = sorted(weight_files(folder).files)[0]
+    [name, *_] = [info.name for info in weight_files(folder).files[shard].tensors]
+    save_file({name: torch.ones(1)}, out / ASSISTANT, {"format": "pt"})
+    with pytest.raises(UsageError, match="in both"):
+        weight_files(out)
+    (out / ASSISTANT).write_bytes(raw[:-1])
+    with pytest.raises(UsageError, match="complete safetensors file"):
+        weight_files(out)
+    (out / ASSISTANT).unlink()
+    with pytest.raises(UsageError, match=r"expected the shard assistant\.safetensors"):
+        weight_files(out)
+    for path in out.glob("*.safetensors*"):
+        path.unlink()
+    (out / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"expected model\.safetensors") as caught:
+        weight_files(out)
+    assert not isinstance(caught.value, PickledWeightsError)
+
+
+def test_a_difference_has_its_weights_under_the_usual_names(fresh: Callable[..., Path], tmp_path: Path) -> None:
+    folder = fresh("llama")
+    more = beside(folder)
+    config = json.loads(more["replaced"]["config.json"])
+    config["transformers_weights"] = config["target"]["transformers_weights"] = "absent.safetensors"
+    more["replaced"]["config.json"] = json.dumps(config).encode()
+    write_edited(open_checkpoint(folder), tmp_path / "out", untouched, **more)
+    assert set(weight_files(tmp_path / "out").files) == {"model.safetensors", ASSISTANT}
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    rewrite(folder, transformers_weights="other.safetensors")
+    with pytest.raises(UsageError, match=r"expected model\.safetensors"):
+        write_edited(open_checkpoint(folder), tmp_path / "more", untouched, **more)
+    assert not (tmp_path / "more").exists()
 
 
 # -- names on disk -----------------------------------------------------------------------------------------------------

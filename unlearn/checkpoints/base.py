@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from probes.errors import UsageError
-from unlearn.checkpoints.manifest import Identity
+from probes.errors import UnsupportedError, UsageError
+from unlearn.checkpoints.manifest import DIFFERENCE, RULE, Identity
 from unlearn.checkpoints.tensorfile import Shard, TensorInfo, as_tensor
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ class Checkpoint(ABC):
         self.name, self.path, self.config, self.task, self.revision = name, path, config, task, revision
         self._map: DiskMap | None = None
 
+    @property
+    def difference(self) -> bool:
+        """Whether it answers for two models, a target and an assistant: the weights are the target's as they were."""
+        return self.config.get("model_type") == DIFFERENCE
+
     # -- identity --------------------------------------------------------------------------------------------------
 
     def manifest(self) -> list[dict[str, Any]]:
@@ -69,16 +74,20 @@ class Checkpoint(ABC):
         """The checkpoint in a report: names, sizes and digests, no path."""
         model, infos, files = self._structure, self._infos(), self.manifest()
         parameters = dict(model.named_parameters())
+        architecture = type(model).__name__
+        if self.difference:
+            architecture += f" over {type(model.target).__name__}"
         return {
             "name": self.name,
             "revision": self.revision,
             "kind": self.kind,
             "task": self.task,
-            "architecture": type(model).__name__,
+            "architecture": architecture,
             "parameters": sum(parameter.numel() for parameter in parameters.values()),
-            "dtype": ", ".join(sorted({info.dtype for info in infos if "F" in info.dtype})),
+            "dtype": ", ".join(sorted({info.dtype for info in infos if "F" in info.dtype and info.name != RULE})),
             "tied": len(parameters) < len(list(model.named_parameters(remove_duplicate=False))),
             "attention": self.attention,
+            "inference_time": bool(self.config.get("inference_time")),
             "tensors": len(infos),
             "files": len(files),
             "bytes": sum(file["size"] for file in files) or sum(info.nbytes for info in infos),
@@ -179,7 +188,8 @@ class Checkpoint(ABC):
             By name on disk.
 
         Raises:
-            UnsupportedError: the architecture's conversion cannot be reverted, or does not give the disk's weights.
+            UnsupportedError: the architecture's conversion cannot be reverted, or does not give the disk's weights; or
+                this is a difference of two models.
         """
         return self._disk_map(model).to_disk(tensors, missing)
 
@@ -192,6 +202,11 @@ class Checkpoint(ABC):
         return self._disk_map(model).unused
 
     def _disk_map(self, model: nn.Module) -> DiskMap:
+        if self.difference:
+            raise UnsupportedError(
+                f"{self.name}: expected one model, whose parameters are tensors on disk, found the difference of two; "
+                "open the checkpoint it was made from"
+            )
         if self._map is None:
             from unlearn.checkpoints.diskmap import DiskMap
 

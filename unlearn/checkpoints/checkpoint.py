@@ -5,6 +5,8 @@
     model = checkpoint.load_model("float32")        # eval(), local files only
     deltas = write_edited(checkpoint, out, edit)    # one tensor in memory at a time
 
+A folder that holds a difference of two models (`unlearn.checkpoints.difference`) opens as one that answers for both.
+
 Four kinds: `folder` (safetensors, the normal one), `gguf` (dequantised on opening), `pickle` (only with
 `allow_pickle`, tensors only) and `live` (a module already in memory). The last three exist as tensors in memory and
 are written as one `model.safetensors`.
@@ -75,11 +77,19 @@ def open_checkpoint(
         path = _download(name, revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         revision = path.name  # the hub's cache names a snapshot after its commit
     try:
-        return FolderCheckpoint(path, name, revision, trust_remote_code=trust_remote_code)
+        return _folder_kind(path)(path, name, revision, trust_remote_code=trust_remote_code)
     except folders.PickledWeightsError:
         if not allow_pickle:
             raise
     return PickleCheckpoint(path, name, revision, trust_remote_code=trust_remote_code)
+
+
+def _folder_kind(path: Path) -> type[FolderCheckpoint]:
+    if folders.is_difference(path):
+        from unlearn.checkpoints.difference import DifferenceCheckpoint
+
+        return DifferenceCheckpoint
+    return FolderCheckpoint
 
 
 class FolderCheckpoint(Checkpoint):
@@ -147,7 +157,11 @@ class FolderCheckpoint(Checkpoint):
 
         if not any(folders.tokenizer_files(self.path)):
             raise UsageError(f"{self.path}: expected a tokenizer (tokenizer.json, ...), found none; add its files")
-        return load_tokenizer(self.path, trust_remote_code=self._trust)
+        return load_tokenizer(self.path, trust_remote_code=self._trust, **self._tokenizer_options())
+
+    def _tokenizer_options(self) -> dict[str, Any]:
+        """What it takes to find out which tokenizer the files are, beside the files."""
+        return {}
 
     def _tokenizer_digests(self) -> tuple[str | None, str | None]:
         return folders.tokenizer_digest(self.path), folders.chat_template_digest(self.path)
@@ -344,7 +358,7 @@ class LiveCheckpoint(Checkpoint):
     def _disk_map(self, model: nn.Module) -> DiskMap:
         from unlearn.checkpoints.diskmap import DiskMap
 
-        return DiskMap(model, self.tensor_names())
+        return super()._disk_map(model) if self.difference else DiskMap(model, self.tensor_names())
 
     def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:
@@ -373,8 +387,11 @@ class LiveCheckpoint(Checkpoint):
         if self.config:
             first = next(self.model.parameters())
             dtype = next((name for name, dtype in DTYPES.items() if dtype == first.dtype), "float32")
-            attention = self.attention
-            model = load_pretrained(self.task, folder, dtype=dtype, device=str(first.device), attention=attention)
+            attention, device = self.attention, str(first.device)
+            if folders.is_difference(folder):
+                model = open_checkpoint(folder).load_model(dtype, device)
+            else:
+                model = load_pretrained(self.task, folder, dtype=dtype, device=device, attention=attention)
         else:
             model = copy.deepcopy(self.model).eval()
             model.load_state_dict(load_file(folder / folders.WEIGHTS), strict=False)  # a tied weight is there once

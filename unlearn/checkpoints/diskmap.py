@@ -9,12 +9,13 @@ parameters and which disk tensors belong together, and from then on converts tho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from probes.errors import UnsupportedError
+from unlearn.checkpoints.manifest import DIFFERENCE
 
 
 class DiskMap:
@@ -123,6 +124,11 @@ class DiskMap:
         return next((candidate for candidate in candidates if candidate in self._disk), name)
 
 
+def is_difference(model: nn.Module) -> bool:
+    """Whether a live model answers for two: `target`, and an assistant beside it."""
+    return getattr(getattr(model, "config", None), "model_type", None) == DIFFERENCE
+
+
 def revert(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Undo the conversions that transformers applied while loading; a plain module has none.
 
@@ -146,9 +152,14 @@ def revert(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torc
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """A live model's tensors as `save_pretrained` would store them: tied weights once, conversions reverted.
 
+    Of a difference of two models those of the target, under the names that it alone gives them, and the assistant's.
+
     Returns:
         By disk name; those that need no conversion share the model's memory.
     """
+    if is_difference(model):
+        whole = cast(Any, model)
+        return saved_tensors(whole.target) | cast("dict[str, torch.Tensor]", whole.assistant_tensors())
     state: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     ignored: Any = getattr(model, "_keys_to_ignore_on_save", None) or ()

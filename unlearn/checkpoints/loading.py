@@ -17,10 +17,15 @@ import torch
 from torch import nn
 
 from probes.errors import ResourceError, UnlearnError, UnsupportedError, UsageError
-from unlearn.checkpoints.manifest import template_digest, text_digest
+from unlearn.checkpoints.diskmap import is_difference
+from unlearn.checkpoints.manifest import DIFFERENCE, template_digest, text_digest
 
 Task = Literal["causal_lm", "image_classification"]
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+_DIFFERENCES: dict[str, Task] = {
+    "ULDForCausalLM": "causal_lm",
+    "ULDForImageClassification": "image_classification",
+}
 _QUANTISED = ("qweight", "qzeros", "SCB", "absmax", "quant_map", "weight_scale", "weight_scale_inv", "g_idx")
 
 
@@ -42,6 +47,8 @@ def task_of(config: Mapping[str, Any], where: str, *, trust_remote_code: bool = 
     kind, named = config.get("model_type"), config.get("architectures") or []
     if not isinstance(kind, str) or not isinstance(named, list):
         raise UsageError(f"{where}: expected model_type in config.json, found none; save the model with transformers")
+    if kind == DIFFERENCE:
+        return _task_of_difference(config, where, trust_remote_code=trust_remote_code)
     if kind not in CONFIG_MAPPING_NAMES and not trust_remote_code:
         raise UsageError(
             f"{where}: expected an architecture that transformers has, found {kind}; update transformers, "
@@ -66,6 +73,19 @@ def task_of(config: Mapping[str, Any], where: str, *, trust_remote_code: bool = 
         f"{where}: expected a causal language model or an image classifier, found {found} ({architecture}); "
         "use a decoder checkpoint with its language-modelling head"
     )
+
+
+def _task_of_difference(config: Mapping[str, Any], where: str, *, trust_remote_code: bool) -> Task:
+    """What a difference of two models is for: its architecture says it, and its target has to be of that task."""
+    target, named = config.get("target"), config.get("architectures")
+    if not isinstance(target, dict):
+        raise UsageError(f"{where}: expected the target's config in config.json, found none; write the folder again")
+    task = _DIFFERENCES.get(str(named[0])) if isinstance(named, list) and named else None
+    if task is None:
+        raise UnsupportedError(f"{where}: expected {' or '.join(_DIFFERENCES)}, found another kind of difference")
+    if task_of(target, f"{where} (target)", trust_remote_code=trust_remote_code) != task:
+        raise UnsupportedError(f"{where}: expected a target for {task}, as the architecture says, found another kind")
+    return task
 
 
 def refuse_quantised(tensors: Mapping[str, str], where: str) -> None:
@@ -167,9 +187,9 @@ def load_pretrained(task: Task, folder: Path, *, dtype: str, device: str, attent
 
 
 def is_as(model: nn.Module, dtype: str, device: str) -> bool:
-    """Whether a live model already has this dtype and device throughout."""
+    """Whether a live model already has this dtype and device throughout; an assistant keeps a dtype of its own."""
     wanted, place = known_dtype(dtype), known_device(device)
-    state = list(model.state_dict().values())
+    state = list((cast(Any, model).target if is_difference(model) else model).state_dict().values())
     return all(t.device == place and (not t.is_floating_point() or t.dtype == wanted) for t in state)
 
 
@@ -182,6 +202,10 @@ def converted(model: nn.Module, dtype: str, device: str) -> nn.Module:
     """
     wanted, place = known_dtype(dtype), known_device(device)
     with transformers_errors(type(model).__name__):
+        if is_difference(model):
+            whole = cast(Any, model)
+            target = converted(whole.target, dtype, device)
+            return cast(nn.Module, type(whole).over(target, whole.config, whole.assistant_tensors()).eval())
         model = copy.deepcopy(model)
         for tensor in model.state_dict(keep_vars=True).values():
             if tensor.is_floating_point():

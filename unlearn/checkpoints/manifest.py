@@ -1,9 +1,12 @@
 """Which files make up a checkpoint folder, and its identity: sha256 of every file, and the tensor digest.
 
 Needs no tensor library, so that `verify` can check a folder anywhere. Weights are found as transformers finds them:
-the file `config.json` names, else `model.safetensors`, else the shards of `model.safetensors.index.json`. Everything
-else that looks like weights (an original release beside the converted one, optimiser state, an ONNX export) is a
-second copy of what the model knew: it is part of the input's manifest and never part of an edited output.
+the file `config.json` names, else `model.safetensors`, else the shards of `model.safetensors.index.json`. A folder
+that holds a difference of two models (`model_type: uld`) has the target's weights in the last two, whatever its
+config.json names, and the assistant's in `assistant.safetensors`; both decide what it answers, so both are in its
+digest. Everything else that looks like weights (an original release beside the converted one, optimiser state, an
+ONNX export) is a second copy of what the model knew: it is part of the input's manifest and never part of an edited
+output.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from unlearn.checkpoints.tensorfile import TensorFile, tensor_digest
 from unlearn.disk import file_sha256
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DIFFERENCE = "uld"  # the model_type of a folder whose answers are those of two models
+ASSISTANT = "assistant.safetensors"  # the second one's weights
+RULE = "assistant.rule"  # a tensor among them: the numbers that say how the two are combined
 PICKLE_WEIGHTS, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TENSORS = (".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".npy", ".npz", ".ot", ".nemo", ".distcp")
@@ -105,6 +111,12 @@ def list_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def is_difference(folder: Path) -> bool:
+    """Whether a folder holds a difference of two models; false of one that is no checkpoint at all."""
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("model_type") == DIFFERENCE
+
+
 def weight_files(folder: Path) -> Weights:
     """The safetensors files the model is loaded from, headers checked.
 
@@ -112,8 +124,10 @@ def weight_files(folder: Path) -> Weights:
         UsageError: no safetensors weights, a shard or tensor that the index names is missing, or a file is damaged.
         UnsupportedError: weights in a layout that transformers would load instead of the files digested here.
     """
-    config = folder / "config.json"  # absent in a copy of a plain module
-    named = read_json(config).get("transformers_weights") if config.exists() else None
+    path = folder / "config.json"  # absent in a copy of a plain module
+    config = read_json(path) if path.exists() else {}
+    difference = config.get("model_type") == DIFFERENCE
+    named = None if difference else config.get("transformers_weights")
     if any(folder.glob("shard-*-model-*-of-*.safetensors")):
         raise UnsupportedError(f"{folder}: expected whole safetensors shards, found a distributed checkpoint; merge it")
     if named is not None and not (isinstance(named, str) and named.endswith((".safetensors", ".index.json"))):
@@ -121,13 +135,12 @@ def weight_files(folder: Path) -> Weights:
     if named is None:
         named = WEIGHTS if (folder / WEIGHTS).is_file() else INDEX
         if not (folder / named).is_file():
-            raise _no_weights(folder)
-    if named.endswith(".safetensors"):
-        return Weights({named: TensorFile.read(_inside(folder, named))}, None)
-    files = {}
-    expected = read_index(folder, named)
-    for shard in sorted(set(expected.values())):
-        files[shard] = TensorFile.read(_inside(folder, shard))
+            raise _no_weights(folder, pickles=not difference)
+    expected = {} if named.endswith(".safetensors") else read_index(folder, named)
+    names = sorted(set(expected.values())) or [named]
+    if difference:
+        names.append(ASSISTANT)
+    files = {name: TensorFile.read(_inside(folder, name)) for name in names}
     found: dict[str, str] = {}
     for shard, file in files.items():
         for info in file.tensors:
@@ -137,7 +150,7 @@ def weight_files(folder: Path) -> Weights:
     for name, shard in expected.items():
         if found.get(name) != shard:
             raise UsageError(f"{folder / named}: expected {name} in {shard}, it is not there; download the shard again")
-    return Weights(files, named)
+    return Weights(files, named if expected else None)
 
 
 def read_index(folder: Path, name: str) -> dict[str, str]:
@@ -231,8 +244,8 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _no_weights(folder: Path) -> UsageError:
-    if any(path.suffix in PICKLES for path in folder.iterdir()):
+def _no_weights(folder: Path, *, pickles: bool) -> UsageError:
+    if pickles and any(path.suffix in PICKLES for path in folder.iterdir()):
         return PickledWeightsError(
             f"{folder}: expected safetensors weights, found pickled ones, which can run code when opened; convert them "
             "with `model.save_pretrained(folder)` in transformers, or pass --allow-pickle to read tensors only"

@@ -5,6 +5,10 @@ shard without an edited tensor comes out identical, and so does every other file
 template, generation config). Second copies of the weights (pickles, exports, optimiser state) are left out: they
 would still hold what the edit removed.
 
+A method that changes no weight but puts something beside them (the assistant of a difference of logits) adds weight
+files, laid out as `build_header` says, so that the same tensors give the same bytes, and replaces side files (the
+config that makes the folder another kind of model). What is added is part of the copy's digest and manifest.
+
 The copy is written to a hidden folder beside its destination, flushed to disk and renamed, so a reader sees all of
 it or nothing. The source is only ever opened for reading.
 """
@@ -15,15 +19,25 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from probes.errors import IntegrityError, ResourceError, UsageError
-from unlearn.checkpoints.manifest import list_files
-from unlearn.checkpoints.tensorfile import CHUNK, Shard, TensorInfo, as_bytes, as_tensor, finite, tensor_digest
+from probes.errors import IntegrityError, ResourceError, UnsupportedError, UsageError
+from unlearn.checkpoints.manifest import list_files, looks_like_weights, weight_files
+from unlearn.checkpoints.tensorfile import (
+    CHUNK,
+    Shard,
+    TensorInfo,
+    as_bytes,
+    as_tensor,
+    build_header,
+    dtype_name,
+    finite,
+    tensor_digest,
+)
 from unlearn.disk import disk_errors, file_sha256
 
 if TYPE_CHECKING:
@@ -68,9 +82,15 @@ class Deltas(list[TensorDelta]):
 
 
 def write_edited(
-    source: Checkpoint, out: Path, edit: Edit, *, before_rename: Callable[[Path], None] | None = None
+    source: Checkpoint,
+    out: Path,
+    edit: Edit,
+    *,
+    added: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    replaced: Mapping[str, bytes] | None = None,
+    before_rename: Callable[[Path], None] | None = None,
 ) -> Deltas:
-    """Write a copy of `source` with some tensors replaced.
+    """Write a copy of `source` with some tensors replaced, and with files put beside them.
 
     Args:
         source: the checkpoint; never written to.
@@ -78,13 +98,26 @@ def write_edited(
         edit: called once for every tensor with its name on disk and its value (private to the call, not to be
             modified); returns the new value in the same shape, in any float type (rounded to the type on disk), or
             None to leave the tensor alone.
+        added: new weight files, name (`*.safetensors`) to tensors by name, stored in the type they have. They count in
+            the copy's digest and manifest and have no delta: there is nothing that they differ from.
+        replaced: side files, name to content, written in place of the source's or beside them.
         before_rename: called with the complete hidden folder just before it gets its name.
 
     Raises:
-        IntegrityError: `out` and the source overlap, or the edit returned NaN, infinity or another shape.
+        IntegrityError: `out` and the source overlap; the edit returned NaN, infinity or another shape; an added tensor
+            holds NaN or infinity; an added file or tensor has the name of one of the source's; a replaced file holds
+            weights; or the copy would not be read back as the files written.
+        UnsupportedError: the source is a difference of two models, not one model.
         UsageError: `out` exists and is not empty.
         ResourceError: the disk is full or read-only, or another process is writing there. Nothing is left behind.
     """
+    added, replaced = added or {}, replaced or {}
+    if source.difference:
+        raise UnsupportedError(
+            f"{source.name}: expected one model to edit, found the difference of two; edit the checkpoint it was made "
+            "from"
+        )
+    extra = _beside(source, added, replaced) if added or replaced else []
     if source.path is not None:
         refuse_overlap(out, source.path)
     target = Path(os.path.realpath(out))
@@ -92,7 +125,7 @@ def write_edited(
         raise UsageError(f"{out}: expected a new or empty folder, found files there; choose another output")
     try:
         with disk_errors(), _staging(target) as folder:
-            deltas = _fill(folder, source, edit)
+            deltas = _fill(folder, source, edit, extra, replaced)
             if before_rename is not None:
                 before_rename(folder)
             folder.rename(target)
@@ -101,15 +134,23 @@ def write_edited(
     return deltas
 
 
-def _fill(folder: Path, source: Checkpoint, edit: Edit) -> Deltas:
+def _fill(folder: Path, source: Checkpoint, edit: Edit, added: list[Shard], replaced: Mapping[str, bytes]) -> Deltas:
     """Write everything into an empty folder and flush it to disk."""
     shards = list(source.weight_shards())
-    _require_space(folder, sum(len(shard.header) + sum(t.nbytes for t in shard.tensors) for shard in shards))
+    needed = sum(len(shard.header) + sum(t.nbytes for t in shard.tensors) for shard in shards + added)
+    _require_space(folder, needed + sum(map(len, replaced.values())))
     deltas, lines = Deltas(), list[str]()
-    digests = {name: _copy(path, folder / name) for name, path in source.side_files().items()}
+    kept = {name: path for name, path in source.side_files().items() if name not in replaced}
+    digests = {name: _copy(path, folder / name) for name, path in kept.items()}
     source.save_side_files(folder)
+    for name, content in replaced.items():
+        digests[name] = _write_file(folder / name, content)
     for shard in shards:
         digests[shard.name] = _write_shard(shard, folder, edit, deltas, lines)
+    for shard in added:
+        digests[shard.name] = _write_shard(shard, folder, _as_it_is, deltas, lines)
+    if added or replaced:
+        _check_read_back(folder, shards + added)
     for parent, _, _ in os.walk(folder):
         _sync(Path(parent))
     deltas.tensor_digest = tensor_digest(lines)
@@ -120,6 +161,62 @@ def _fill(folder: Path, source: Checkpoint, edit: Edit) -> Deltas:
         if (path := folder / name)
     ]
     return deltas
+
+
+def _as_it_is(name: str, tensor: torch.Tensor) -> None:
+    """The edit of a tensor that was added: none."""
+
+
+def _beside(
+    source: Checkpoint, added: Mapping[str, Mapping[str, torch.Tensor]], replaced: Mapping[str, bytes]
+) -> list[Shard]:
+    """The new weight files; these and the side files are checked before anything is written."""
+    shards = source.weight_shards()
+    files = {shard.name for shard in shards}
+    for name in replaced:  # weights get into a copy through the edit or as added tensors, with a digest
+        if name in files or name in added or looks_like_weights(name):
+            raise IntegrityError(
+                f"expected a side file to replace, found {name}, which holds weights; edit its tensors"
+            )
+        if not _plain_name(name):
+            raise IntegrityError(f"expected the name of a file inside the copy, found {name!r}; choose another")
+    files |= {*source.side_files(), *source.left_out()}
+    taken = {info.name for shard in shards for info in shard.tensors}
+    extra = []
+    for file, tensors in added.items():
+        if not _plain_name(file) or not file.endswith(".safetensors"):
+            raise IntegrityError(f"expected the plain name of a new safetensors file, found {file!r}; choose another")
+        if file in files:
+            raise IntegrityError(f"expected a new weight file, found {file} in the source; choose another name")
+        for name, tensor in tensors.items():
+            if not name.isprintable() or name in taken:
+                raise IntegrityError(f"expected a new tensor name in {file}, found {name!r}; choose another name")
+            taken.add(name)
+            if not finite(dtype_name(tensor.dtype), as_bytes(tensor)):
+                raise IntegrityError(f"expected finite weights in {file}, found NaN or infinity in {name}")
+        header, infos = build_header((name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items())
+        extra.append(Shard(file, header, tuple(infos), _loader(tensors)))
+    return extra
+
+
+def _loader(tensors: Mapping[str, torch.Tensor]) -> Callable[[TensorInfo], bytearray]:
+    return lambda info: bytearray(as_bytes(tensors[info.name]))
+
+
+def _plain_name(name: str) -> bool:
+    """Whether a relative name stays inside the folder and is listed in its manifest."""
+    parts = name.split("/")
+    return str(PurePosixPath(name)) == name and name.isprintable() and not any(part[:1] in ("", ".") for part in parts)
+
+
+def _check_read_back(folder: Path, written: list[Shard]) -> None:
+    """Refuse a copy that would be loaded from other files than those written: its digest would say nothing of it."""
+    found = weight_files(folder).files
+    if {name: file.tensors for name, file in found.items()} != {shard.name: shard.tensors for shard in written}:
+        raise IntegrityError(
+            f"expected the copy to be read from {', '.join(sorted(shard.name for shard in written))}, found "
+            f"{', '.join(sorted(found))}; write a config.json that names them"
+        )
 
 
 def refuse_overlap(out: Path, source: Path) -> None:
@@ -250,6 +347,15 @@ def _copy(source: Path, target: Path) -> str:
             writer.write(data)
         _flush(writer)
     return whole.hexdigest()
+
+
+def _write_file(path: Path, content: bytes) -> str:
+    """Write a file, whatever stood there, and return its sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        _flush(file)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _flush(file: BinaryIO) -> None:
