@@ -139,6 +139,24 @@ def test_paths_start_at_the_request_and_hub_ids_stay(folder: Path, monkeypatch: 
     assert hub_id(request.data.records) is None
 
 
+@pytest.mark.parametrize("key", ["paraphrase_file", "assistant"])
+def test_paths_among_the_parameters_start_at_the_request_and_only_their_last_part_is_shown(
+    key: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = {"schema": "unlearn.method/v1", "name": "npo", "description": "d", "parameters": {key: None}}
+    write(folder, preset, "mine.yaml")
+    (folder / "wordings.jsonl").write_text("{}\n")
+    chosen = {"name": "npo", "preset": "mine.yaml"}
+    monkeypatch.chdir("/")
+    request = load_request(write(folder, MINIMAL | {"method": chosen | {"overrides": {key: "wordings.jsonl"}}}))
+    assert request.method.overrides == {key: str(folder / "wordings.jsonl")}
+    assert redacted(request)["method"]["overrides"] == {key: "wordings.jsonl"}
+    none = load_request(write(folder, MINIMAL | {"method": chosen | {"overrides": {key: None}}}))
+    assert none.method.parameters() == {key: None}
+    absent = write(folder, MINIMAL | {"method": chosen | {"overrides": {key: f"{CANARY}.jsonl"}}})
+    assert "expected an existing file or folder" in wrong(absent)[0]
+
+
 def test_presets_by_name_and_by_file(folder: Path) -> None:
     write(folder, (ROOT / "configs/suites/quick.yaml").read_text(), "mine.yaml")
     method = {

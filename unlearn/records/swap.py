@@ -104,11 +104,15 @@ class Swap:
         texts: every text of the record, in reading order: names are found over all of them together.
         seed: decides every replacement.
         taken: words that no replacement may be (casefolded), such as the names in other records.
+        kept: words, numbers and dates that stay as they are (casefolded), such as those of `specifics` of a prompt.
     """
 
-    def __init__(self, texts: Iterable[str], seed: str, taken: Collection[str] = ()) -> None:
+    def __init__(
+        self, texts: Iterable[str], seed: str, taken: Collection[str] = (), kept: Collection[str] = ()
+    ) -> None:
         self._random = random.Random(seed)
         self._taken = taken
+        self._kept = kept
         self._done: dict[str, str] = {}
         self._names = names_in(" ".join(texts))
 
@@ -119,6 +123,8 @@ class Swap:
         def one(match: re.Match[str]) -> str:
             nonlocal replaced
             original = match.group()
+            if original.casefold() in self._kept:
+                return original
             new = self._piece(str(match.lastgroup), original)
             if new != original:
                 replaced += len(original) - original.count(" ")
@@ -159,7 +165,10 @@ class Swap:
                     return self._once(text, lambda words=words: self._random.choice(words))  # type: ignore[misc]
         stem, suffix = (text[:-2], text[-2:]) if text[-2:] in ("'s", "’s") else (text, "")
         parts = re.split(r"(['’-])", stem)
-        return "".join(self._name(part) if part.casefold() in self._names else part for part in parts) + suffix
+        return "".join(self._name(part) if self._swappable(part.casefold()) else part for part in parts) + suffix
+
+    def _swappable(self, key: str) -> bool:
+        return key in self._names and key not in self._kept
 
     def _name(self, text: str) -> str:
         key = text.casefold()
@@ -295,6 +304,12 @@ def names_in(text: str) -> dict[str, bool]:
 def _nameable(word: str) -> bool:
     listed = any(word in words for words in (*MONTHS, *_DAYS))
     return word[0].isupper() and len(word) > 1 and word.casefold() not in _KEPT and not listed
+
+
+def specifics(text: str) -> set[str]:
+    """Casefolded words, numbers, dates and identifiers of a text, for `kept`; of a date its numbers too."""
+    pieces = {match.group().casefold() for match in _PIECES.finditer(text)}
+    return pieces | words_of(text) | set(re.findall(r"\d+", text))
 
 
 def words_of(text: str) -> set[str]:

@@ -71,6 +71,7 @@ __all__ = [
 ]
 
 HUB = "hub:"
+PATHS = ("path", "paraphrase_file", "assistant")  # parameters of methods that are files or folders
 
 
 def _located(value: str, info: ValidationInfo) -> str:
@@ -244,9 +245,8 @@ class Method(Schema):
                 if key not in known:
                     near = suggestion(key, known) or f"; known: {', '.join(known)}"
                     raise ValueError(f"entry {position} is no parameter of the preset{near}")
-        if info.data.get("name") == "given" and isinstance(path := value.get("path"), str):
-            return value | {"path": _located(path, info)}  # like every path of a request, it starts at its folder
-        return value
+        # like every path of a request, these start at its folder
+        return value | {key: _located(path, info) for key in PATHS if isinstance(path := value.get(key), str)}
 
     def parameters(self) -> dict[str, JsonValue]:
         """The preset's parameters with the overrides."""
@@ -373,8 +373,9 @@ def redacted(request: Request) -> dict[str, Any]:
         if name in shown:
             shown[name]["path"] = shown[name]["path"].rsplit("/", 1)[-1]
     method = shown["method"]
-    for part, key in ((shown, "suite"), (shown, "policy"), (method, "preset"), (method.get("overrides", {}), "path")):
-        if key in part:
+    named = [(method.get("overrides", {}), key) for key in PATHS]
+    for part, key in ((shown, "suite"), (shown, "policy"), (method, "preset"), *named):
+        if isinstance(part.get(key), str):
             part[key] = part[key].rsplit("/", 1)[-1]
     return shown
 
