@@ -26,7 +26,8 @@ from unlearn.editors import lossbatches
 from unlearn.editors.base import EditContext, EditResult, make_editor
 from unlearn.editors.linearmaps import mean_loss
 from unlearn.editors.lossbatches import ImageBatches, TextBatches
-from unlearn.editors.losses import Retain, Trainer, _Added, _head_before, ascent_loss, npo_loss, simnpo_loss
+from unlearn.editors.losses import Retain, Trainer, ascent_loss, npo_loss, simnpo_loss
+from unlearn.editors.trainable import Added, head_before
 from unlearn.requests.presets import load_method
 from unlearn.runs.verify import passed, verify
 
@@ -177,7 +178,7 @@ def test_gradients_equal_autograd_of_the_formula(
     frozen, model_map = copy.deepcopy(model), ModelMap.of(model)
     forget_records, retain_records = texts(3, 1), texts(4, 2)
     names = [name for name, _ in model.named_parameters() if only in name]
-    head = _head_before(model_map, names)
+    head = head_before(model_map, names)
     weight = 0.0 if method == "gradient_ascent" else 0.7
     retain = Retain(TextBatches(model_map, retain_records, head), [[0, 2, 3]], weight, kl) if weight else None
     loss = forget_loss(method, **({"margin": 0.3} if method == "simnpo" else {}))
@@ -249,7 +250,7 @@ def test_totals_are_log_likelihoods_of_completions_alone() -> None:
     batches = TextBatches(model_map, records, {})
     with torch.no_grad():
         assert batches.totals([0, 1, 2, 3])[0].tolist() == pytest.approx(expected, rel=1e-5)
-        nothing = batches.totals([3, 0], batches.originals([3, 0]))[0]  # the divergence from itself
+        nothing = batches.totals([3, 0], batches.taught([3, 0]))[0]  # the divergence from itself
     assert nothing.abs().max() < 1e-6
 
 
@@ -491,7 +492,7 @@ def test_the_copy_is_what_was_trained(arch: str, parameters: dict[str, Any], tmp
 def test_a_difference_of_zero_keeps_the_bits() -> None:
     weight = torch.tensor([-0.0, 0.0, 1.0, 1e-30])
     difference = torch.tensor([0.0, -0.0, 0.5, 0.0], dtype=torch.float64)
-    added = _Added({"w": difference, "same": torch.zeros(4, dtype=torch.float64)})
+    added = Added({"w": difference, "same": torch.zeros(4, dtype=torch.float64)})
     assert added("other", weight) is None
     assert added("same", weight) is None
     new = added("w", weight)

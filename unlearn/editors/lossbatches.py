@@ -9,18 +9,20 @@ hidden state h_n alone, so while a chunk's logits are there dl_n / dh_n is taken
 scaled by its record's factor. Where the head trains as well its gradient is a sum over positions with factors that are
 not known yet, and the chunks are visited a second time.
 
-l_n is the cross entropy of the record's own token or label, or the divergence KL(original || as it stands), in nats,
-from the model's predictions before training. Of these the final hidden states are kept, not the logits.
+l_n is the cross entropy of the record's own token or label, or the divergence KL(teacher || as it stands), in nats. The
+teacher is the model before training, or another one over the same vocabulary or classes. Of its predictions the final
+hidden states are kept, not the logits.
 
 Shape letters: P records in one part of a batch, T padded tokens, N completion positions of a part, C of one chunk, d
-width, V vocabulary or classes.
+width, e width of the teacher's states, V vocabulary or classes.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from torch.nn import functional
 
 from probes.classify import class_logits
 from probes.errors import UnsupportedError
-from probes.likelihood import CHUNK_ELEMENTS, check_records, default_batch_tokens
+from probes.likelihood import CHUNK_ELEMENTS, FLOOR, check_records, default_batch_tokens
 from probes.passes import sum_type
 from probes.records import ImageRecord, TokenRecord, length_batches, pad, predicting
 from probes.taps import IMAGES
@@ -36,6 +38,16 @@ from unlearn.editors.linearmaps import swapped
 
 if TYPE_CHECKING:
     from probes.modelmap import ModelMap
+
+
+class Teacher(Protocol):
+    """Whose predictions on texts a divergence is taken from; a `ModelMap` is one."""
+
+    def backbone(self) -> nn.Module:
+        """A module whose `last_hidden_state` [B, T, e] holds all that `logits` needs."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[C, V] logits or log-probabilities (-inf where a token is impossible) of states [C, e]."""
 
 
 class Batches(ABC):
@@ -53,13 +65,13 @@ class Batches(ABC):
 
     @abstractmethod
     def totals(
-        self, rows: Sequence[int], originals: Sequence[Tensor] | None = None
+        self, rows: Sequence[int], taught: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Callable[[Tensor], None]]:
         """The summed losses of some records.
 
         Args:
             rows: a part.
-            originals: from `originals`, for the divergence from the original model; None for the cross entropy.
+            taught: from `taught`, for the divergence from the teacher; None for the cross entropy.
 
         Returns:
             [P] sums in nats, float64 on the CPU, and a function that backpropagates their sum weighted by factors [P];
@@ -67,8 +79,43 @@ class Batches(ABC):
         """
 
     @abstractmethod
-    def originals(self, rows: Sequence[int]) -> list[Tensor]:
-        """What the model makes of some records as it stands, on the CPU: states [n_i, d] of a text, logits [V]."""
+    def taught(self, rows: Sequence[int]) -> list[Tensor]:
+        """What the teacher makes of some records as it stands, on the CPU: states [n_i, e] of a text, logits [V]."""
+
+    def all_taught(self, rows: Sequence[int], ran: Callable[[int], None]) -> dict[int, Tensor]:
+        """`taught` of any number of rows, by row; `ran` is called with the number of records of each part."""
+        found: dict[int, Tensor] = {}
+        for part in self.parts(rows):
+            found |= dict(zip(part, self.taught(part), strict=True))
+            ran(len(part))
+        return found
+
+    def mean(
+        self,
+        rows: Sequence[int],
+        taught: Mapping[int, Tensor] | None,
+        ran: Callable[[int], None],
+        *,
+        factor: float | None,
+    ) -> float:
+        """Mean over records of the mean loss a token, nats.
+
+        Args:
+            rows: a batch of at least one.
+            taught: from `all_taught`, for the divergence from the teacher; None for the cross entropy.
+            ran: called with the number of records of each part.
+            factor: of the gradients that this leaves; None leaves none.
+        """
+        mean = 0.0
+        for part in self.parts(rows):
+            with torch.set_grad_enabled(factor is not None):
+                totals, backward = self.totals(part, None if taught is None else [taught[j] for j in part])
+            shares = 1.0 / (len(rows) * torch.tensor([self.lengths[j] for j in part], dtype=torch.float64))
+            if factor is not None:
+                backward(factor * shares)
+            mean += float(totals @ shares)
+            ran(len(part))
+        return mean
 
 
 class TextBatches(Batches):
@@ -77,15 +124,24 @@ class TextBatches(Batches):
     Args:
         model_map: made before adapters are in place.
         records: texts.
-        head: values of the head's parameters before training, for those that train.
+        head: values of the head's parameters before training, for those that train; they are put back while the
+            teacher's logits are made, whose head may be the same.
+        teacher: whose predictions a divergence is taken from; None for the model itself before training.
 
     Raises:
         UnsupportedError: token ids that the model does not have.
     """
 
-    def __init__(self, model_map: ModelMap, records: Sequence[TokenRecord], head: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model_map: ModelMap,
+        records: Sequence[TokenRecord],
+        head: Mapping[str, Tensor],
+        teacher: Teacher | None = None,
+    ) -> None:
         check_records(records, model_map.vocab_size)
         self._map, self._records, self._head = model_map, records, head
+        self._teacher: Teacher = model_map if teacher is None else teacher
         self._device = next(model_map.model.parameters()).device
         self.lengths = [record.n_tokens for record in records]
 
@@ -95,11 +151,11 @@ class TextBatches(Batches):
         return [[rows[i] for i in part] for part in found]
 
     def totals(
-        self, rows: Sequence[int], originals: Sequence[Tensor] | None = None
+        self, rows: Sequence[int], taught: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Callable[[Tensor], None]]:
-        states = self._states(rows)  # [N, d]
+        states = self._states(rows, self._map)  # [N, d]
         labels = torch.tensor([t for i in rows for t in self._records[i].completion], device=self._device)  # [N]
-        before = None if originals is None else torch.cat(list(originals)).to(states)  # [N, d]
+        before = None if taught is None else torch.cat(list(taught)).to(states)  # [N, e]
         lengths = [self.lengths[i] for i in rows]
         head_trains = any(p.requires_grad for p in self._map.model.get_submodule(self._map.head).parameters())
 
@@ -107,7 +163,7 @@ class TextBatches(Batches):
             target = None
             if before is not None:
                 with torch.no_grad(), swapped(self._map.model, self._head):
-                    target = self._map.logits(before[part])  # [C, V]
+                    target = self._teacher.logits(before[part])  # [C, V]
             logits = self._map.logits(hidden)  # [C, V]
             logits = logits.to(sum_type(logits))
             if target is not None:
@@ -135,15 +191,15 @@ class TextBatches(Batches):
 
         return totals, backward
 
-    def originals(self, rows: Sequence[int]) -> list[Tensor]:
+    def taught(self, rows: Sequence[int]) -> list[Tensor]:
         with torch.no_grad():
-            return list(torch.split(self._states(rows).cpu(), [self.lengths[i] for i in rows]))
+            return list(torch.split(self._states(rows, self._teacher).cpu(), [self.lengths[i] for i in rows]))
 
-    def _states(self, rows: Sequence[int]) -> Tensor:
+    def _states(self, rows: Sequence[int], of: Teacher) -> Tensor:
         """Final hidden states [N, d] of the positions that predict a completion token."""
         batch = [self._records[i] for i in rows]
         ids, _ = pad(batch, self._device)  # [P, T]; no mask, see `probes.likelihood`
-        hidden: Tensor = self._map.backbone()(input_ids=ids, use_cache=False).last_hidden_state  # [P, T, d]
+        hidden: Tensor = of.backbone()(input_ids=ids, use_cache=False).last_hidden_state  # [P, T, d]
         return hidden[predicting(batch, ids)]
 
 
@@ -153,10 +209,11 @@ class ImageBatches(Batches):
     Args:
         model: the classifier.
         records: images of one shape.
+        teacher: a classifier with the same classes; None for the model itself before training.
     """
 
-    def __init__(self, model: nn.Module, records: Sequence[ImageRecord]) -> None:
-        self._model, self._records = model, records
+    def __init__(self, model: nn.Module, records: Sequence[ImageRecord], teacher: nn.Module | None = None) -> None:
+        self._model, self._records, self._teacher = model, records, model if teacher is None else teacher
         self._device = next(model.parameters()).device
         self.lengths = [1] * len(records)
 
@@ -164,10 +221,10 @@ class ImageBatches(Batches):
         return [list(rows[start : start + IMAGES]) for start in range(0, len(rows), IMAGES)]
 
     def totals(
-        self, rows: Sequence[int], originals: Sequence[Tensor] | None = None
+        self, rows: Sequence[int], taught: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Callable[[Tensor], None]]:
-        logits = self._logits(rows)  # [P, V]
-        if originals is None:
+        logits = self._logits(rows, self._model)  # [P, V]
+        if taught is None:
             labels = torch.tensor([self._records[i].label for i in rows], device=self._device)  # [P]
             if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
                 raise UnsupportedError(
@@ -175,7 +232,7 @@ class ImageBatches(Batches):
                 )
             losses = functional.cross_entropy(logits, labels, reduction="none")  # [P]
         else:
-            losses = divergence(torch.stack(list(originals)).to(logits), logits)  # [P]
+            losses = divergence(torch.stack(list(taught)).to(logits), logits)  # [P]
 
         def backward(factors: Tensor) -> None:
             if losses.requires_grad:
@@ -183,17 +240,32 @@ class ImageBatches(Batches):
 
         return losses.detach().double().cpu(), backward
 
-    def originals(self, rows: Sequence[int]) -> list[Tensor]:
+    def taught(self, rows: Sequence[int]) -> list[Tensor]:
         with torch.no_grad():
-            return list(self._logits(rows).cpu())
+            return list(self._logits(rows, self._teacher).cpu())
 
-    def _logits(self, rows: Sequence[int]) -> Tensor:
+    def _logits(self, rows: Sequence[int], of: nn.Module) -> Tensor:
         pixels = torch.stack([self._records[i].pixels for i in rows]).to(next(self._model.parameters()))
-        logits = class_logits(self._model, pixels)
+        logits = class_logits(of, pixels)
         return logits.to(sum_type(logits))
 
 
+def visited(batches: Sequence[Sequence[int]]) -> list[int]:
+    """Every row of some batches once, in order."""
+    return sorted({row for rows in batches for row in rows})
+
+
+def n_visited(n: int, size: int, steps: int) -> int:
+    """Rows that `probes.training.batches` gives in so many steps, repetitions counted."""
+    rounds, rest = divmod(steps, math.ceil(n / size)) if n else (0, 0)
+    return rounds * n + rest * size
+
+
 def divergence(target: Tensor, logits: Tensor) -> Tensor:
-    """KL(softmax(target) || softmax(logits)) in nats, [C] from logits [C, V]; `target` is a constant."""
-    log_p = target.log_softmax(-1)
-    return functional.kl_div(logits.log_softmax(-1), log_p, reduction="none", log_target=True).sum(-1)
+    """KL(softmax(target) || softmax(logits)) in nats, [C] from logits [C, V]; `target` is a constant.
+
+    A class that the target gives no probability (-inf) counts 0, whatever the other gives it.
+    """
+    log_p = target.log_softmax(-1).clamp(min=FLOOR)  # 0 log 0 is 0, where 0 * -inf would be NaN
+    log_q = logits.log_softmax(-1).clamp(min=FLOOR)
+    return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)

@@ -39,73 +39,51 @@ Shape letter: P records in one part of a batch.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, StrictInt
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from probes import training
-from probes.errors import ResourceError, UnsupportedError, UsageError
+from probes.errors import ResourceError, UsageError
 from probes.likelihood import out_of_memory
 from probes.records import ImageRecord, TokenRecord
 from unlearn.checkpoints.checkpoint import write_edited
 from unlearn.editors.base import EditContext, EditResult, Record
-from unlearn.editors.lossbatches import Batches, ImageBatches, TextBatches
-from unlearn.editors.selection import MapParameters, select_parameters
+from unlearn.editors.lossbatches import Batches, ImageBatches, TextBatches, n_visited, visited
+from unlearn.editors.trainable import (
+    Added,
+    Count,
+    Number,
+    Positive,
+    Size,
+    TrainingParameters,
+    expect_stored,
+    head_before,
+    selected,
+    trained,
+)
 from unlearn.mistakes import Mistakes
 from unlearn.requests.yamlfile import Document, parse
 
 if TYPE_CHECKING:
-    from probes.modelmap import ModelMap, Projection
-    from unlearn.checkpoints.checkpoint import Checkpoint
+    from probes.modelmap import ModelMap
 
-Positive = Annotated[float, Field(strict=True, gt=0)]
-Number = Annotated[float, Field(strict=True, ge=0)]
-Count = Annotated[StrictInt, Field(ge=0)]
-Size = Annotated[StrictInt, Field(ge=1)]
 ForgetLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class AscentParameters(MapParameters):
+class AscentParameters(TrainingParameters):
     """Hyper-parameters of the whole family; the names are those of a method preset.
 
     Attributes:
-        blocks: indices in depth order, negative ones from the end; "auto" takes every block, and for `how: full` what
-            lies outside the blocks too.
-        roles: roles of the model map (q, v, up, down, ...); "auto" takes all of them.
-        include: globs of parameter names, in place of blocks and roles.
-        exclude: globs of parameter names to leave alone.
-        how: "lora" trains adapters beside the linear maps of the blocks and merges them; "full" trains the weights
-            themselves, without norms, position tables and embeddings unless `include` names them.
-        rank: of the adapters.
-        adapter_scale: their factor, alpha / rank.
-        learning_rate: AdamW's peak rate; 0 changes nothing.
-        warm_up: steps over which the rate rises.
-        decay: "linear" lets the rate fall towards 0 by the last step.
-        epochs: how often every record to forget is seen; 0 changes nothing.
-        steps: this many steps instead.
-        batch_size: records to forget a step.
         max_forget_loss: training ends before the step whose batch of records to forget has a mean loss a token above
             this many nats; None for no such rule.
     """
 
-    how: Literal["lora", "full"] = "lora"
-    rank: Size = 16
-    adapter_scale: Positive = 2.0
-    learning_rate: Number = 1e-4
-    warm_up: Count = 0
-    decay: Literal["constant", "linear"] = "constant"
-    epochs: Count = 1
-    steps: Count | None = None
-    batch_size: Size = 8
     max_forget_loss: Positive | None = None
 
 
@@ -236,21 +214,19 @@ class Trainer:
     progress: Progress
     curve: Curve = field(default_factory=Curve)
     _reference: dict[int, float] = field(default_factory=dict)
-    _originals: dict[int, Tensor] = field(default_factory=dict)
+    _taught: dict[int, Tensor] | None = None
 
     def prepare(self, reference: bool) -> None:
         """Read what the model says before training: `reference` log-likelihoods, original predictions for KL."""
         if reference:
-            rows = _visited(self.rows)
+            rows = visited(self.rows)
             for part in self.forget.parts(rows):
                 with torch.no_grad():
                     totals, _ = self.forget.totals(part)
                 self._reference |= dict(zip(part, totals.tolist(), strict=True))
                 self.progress(len(part))
         if self.retain is not None and self.retain.kl:
-            for part in self.retain.batches.parts(_visited(self.retain.rows)):
-                self._originals |= dict(zip(part, self.retain.batches.originals(part), strict=True))
-                self.progress(len(part))
+            self._taught = self.retain.batches.all_taught(visited(self.retain.rows), self.progress)
 
     def step(self, i: int) -> float:
         """Leave the gradients of step i; none, if the bound is passed."""
@@ -267,33 +243,13 @@ class Trainer:
             self.progress(len(part))
         self.curve.stopped = self.bound is not None and tokenwise > self.bound
         if self.retain is not None and not self.curve.stopped:
-            kept = self._keep(self.retain, self.retain.rows[i])
-            objective += self.retain.weight * kept
+            retain = self.retain
+            kept = retain.batches.mean(retain.rows[i], self._taught, self.progress, factor=retain.weight)
+            objective += retain.weight * kept
             self.curve.retain_loss.append(kept)
         self.curve.objective.append(objective)
         self.curve.forget_loss.append(tokenwise)
         return objective
-
-    def _keep(self, retain: Retain, rows: Sequence[int]) -> float:
-        """Add the retain gradients of a step; returns the mean retain loss a token."""
-        mean = 0.0
-        for part in retain.batches.parts(rows):
-            totals, backward = retain.batches.totals(part, [self._originals[j] for j in part] if retain.kl else None)
-            shares = 1.0 / (len(rows) * torch.tensor([retain.batches.lengths[j] for j in part], dtype=torch.float64))
-            backward(retain.weight * shares)
-            mean += float(totals @ shares)
-            self.progress(len(part))
-        return mean
-
-
-def _visited(batches: Sequence[Sequence[int]]) -> list[int]:
-    return sorted({row for rows in batches for row in rows})
-
-
-def _n_visited(n: int, size: int, steps: int) -> int:
-    """Rows that `probes.training.batches` gives in so many steps, repetitions counted."""
-    rounds, rest = divmod(steps, math.ceil(n / size)) if n else (0, 0)
-    return rounds * n + rest * size
 
 
 # ------------------------------------------------------------------------------------------------------- the editors
@@ -330,15 +286,16 @@ class AscentEditor:
             UsageError: if a glob, block or role matches nothing, or nothing is left.
             UnsupportedError: adapters beside stacked experts.
         """
-        return _selected(model_map, self.parameters)
+        return selected(model_map, self.parameters)
 
     def passes(self, n_forget: int, n_retain: int) -> dict[str, int]:
         """Passes over records: those of the reference and of the original, and those of training."""
-        p, steps = self.parameters, self._steps(n_forget)
-        seen, kept = _n_visited(n_forget, p.batch_size, steps), 0
+        p = self.parameters
+        steps = p.planned(n_forget)
+        seen, kept = n_visited(n_forget, p.batch_size, steps), 0
         forward = min(n_forget, seen) if self.reads_reference else 0
         if isinstance(p, DifferenceParameters) and p.retain_weight:
-            kept = _n_visited(n_retain, p.retain_batch_size, steps)
+            kept = n_visited(n_retain, p.retain_batch_size, steps)
             forward += min(n_retain, kept) if p.retain_loss == "kl" else 0
         return {"forward": forward, "forward_backward": seen + kept}
 
@@ -357,8 +314,8 @@ class AscentEditor:
             which = "retain records" if context.forget else "records to forget"
             raise UsageError(f"expected {which} for {self.name}, found none; give some")
         names = self.selected(context.model_map)
-        _expect_stored(context.source, context.model, names)
-        steps = self._steps(len(context.forget)) if p.learning_rate else 0
+        expect_stored(context.source, context.model, names)
+        steps = p.planned(len(context.forget)) if p.learning_rate else 0
         curve, changes = Curve(), dict[str, Tensor]()
         if steps:
             try:
@@ -372,7 +329,7 @@ class AscentEditor:
                 ) from None
         done = len(curve.objective) - curve.stopped
         deltas = write_edited(
-            context.source, out, _Added(context.source.disk_tensors(context.model, changes, missing=0.0))
+            context.source, out, Added(context.source.disk_tensors(context.model, changes, missing=0.0))
         )
         sizes = {name: parameter.numel() for name, parameter in context.model.named_parameters()}
         statistics: dict[str, Any] = {
@@ -386,20 +343,15 @@ class AscentEditor:
             statistics["retain_loss"] = curve.retain_loss
         return EditResult(
             deltas=deltas,
-            parameters=p.model_dump(mode="json") | {"steps": self._steps(len(context.forget))},
+            parameters=p.model_dump(mode="json") | {"steps": p.planned(len(context.forget))},
             statistics=statistics,
             warnings=self._warnings(curve, done, steps),
         )
 
-    def _steps(self, n_forget: int) -> int:
-        p = self.parameters
-        return p.epochs * math.ceil(n_forget / p.batch_size) if p.steps is None else p.steps
-
     def _train(self, context: EditContext, names: Sequence[str], steps: int) -> tuple[Curve, dict[str, Tensor]]:
         """The curve, and the change of every trained parameter in float64 on the CPU; the model is as before."""
         p, model_map, retain = self.parameters, context.model_map, None
-        parameters = dict(context.model.named_parameters())
-        head = _head_before(model_map, names) if p.how == "full" else {}
+        head = head_before(model_map, names) if p.how == "full" else {}
 
         def batches(records: Sequence[Record]) -> Batches:
             if isinstance(records[0], TokenRecord):
@@ -418,8 +370,8 @@ class AscentEditor:
 
         order = list(training.batches(len(context.forget), p.batch_size, steps, context.seed))
         trainer = Trainer(self.forget_loss(), batches(context.forget), order, retain, p.max_forget_loss, progress)
-        trained: dict[str, Tensor] = {}
-        with self._trainable(context, names) as tensors:
+
+        def train(tensors: list[nn.Parameter]) -> None:
             trainer.prepare(self.reads_reference)
 
             def step(i: int) -> float:
@@ -438,20 +390,8 @@ class AscentEditor:
                 decay=p.decay,
                 after=lambda _: trainer.curve.stopped,
             )
-            if p.how == "lora":
-                merged = training.merged_deltas(context.model, model_map)
-                trained = {name: merged[name].to("cpu", torch.float64) for name in names}
-            else:
-                trained = {name: parameters[name].detach().to("cpu", torch.float64, copy=True) for name in names}
-        if p.how == "full":
-            for name, tensor in trained.items():
-                tensor.sub_(parameters[name].detach().to("cpu", torch.float64))
-        return trainer.curve, trained
 
-    def _trainable(self, context: EditContext, names: Sequence[str]) -> AbstractContextManager[list[nn.Parameter]]:
-        if self.parameters.how == "full":
-            return training.full(context.model, names)
-        return _adapters(context, names, self.parameters)
+        return trainer.curve, trained(context, names, p, train)
 
     def _warnings(self, curve: Curve, done: int, steps: int) -> list[str]:
         if curve.stopped:
@@ -493,109 +433,3 @@ class SimNPOEditor(DifferenceEditor):
         """The forget loss with this editor's beta and margin."""
         p = cast(SimNPOParameters, self.parameters)
         return lambda totals, lengths, reference: simnpo_loss(totals, lengths, reference, beta=p.beta, margin=p.margin)
-
-
-# --------------------------------------------------------------------------------------------- what trains, and files
-
-
-def _selected(model_map: ModelMap, p: AscentParameters) -> list[str]:
-    """Names of the parameters that train."""
-    stacked, excluded = set[str](), tuple[str, ...]()
-    if p.how == "lora":
-        listed = [q for block in model_map.blocks for q in (*block.attention, *block.feed_forward)]
-        stacked = {q.parameter for q in listed if q.experts is not None}
-        names = [q.parameter for q in listed if q.experts is not None or _adaptable(model_map, q)]
-        if not names:
-            raise UsageError("expected linear maps in the blocks for `how: lora`, found none; use `how: full`")
-    else:
-        names, excluded = [name for name, _ in model_map.model.named_parameters()], model_map.default_exclude()
-    if p.blocks != "auto":
-        wanted = _from_end(p.blocks, len(model_map.blocks))
-        names = [name for name in names if model_map.block_of(name) in wanted]
-    if p.roles != "auto":
-        names = _with_roles(model_map, names, p.roles)
-    chosen = select_parameters(names, excluded, p.include, p.exclude)
-    if found := stacked & set(chosen):
-        raise UnsupportedError(
-            f"expected linear maps for `how: lora`, found {len(found)} parameters of stacked experts; exclude them, or "
-            "use `how: full`"
-        )
-    return chosen
-
-
-def _adaptable(model_map: ModelMap, projection: Projection) -> bool:
-    """Whether an adapter can stand beside a projection."""
-    linear = isinstance(model_map.model.get_submodule(projection.module), (nn.Linear, Conv1D))
-    return linear and projection.hookable and projection.role != "router"
-
-
-def _from_end(blocks: Sequence[int], n: int) -> set[int]:
-    for index in blocks:
-        if not -n <= index < n:
-            raise UsageError(f"expected blocks from {-n} to {n - 1}, found {index}")
-    return {index % n for index in blocks}
-
-
-def _with_roles(model_map: ModelMap, names: Sequence[str], roles: Collection[str]) -> list[str]:
-    known = {role for name in names if (role := model_map.role_of(name))}
-    for role in roles:
-        if role not in known:
-            raise UsageError(f"expected roles among {', '.join(sorted(known))}, found {role}")
-    return [name for name in names if model_map.role_of(name) in roles]
-
-
-def _expect_stored(source: Checkpoint, model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse before training what could not be written; also the check of the unmodified model with its file."""
-    stored = source.disk_names(model)
-    for name in names:
-        if name not in stored:
-            raise UnsupportedError(
-                f"expected a parameter that the checkpoint stores, found {name}; leave it out of the edit"
-            )
-
-
-def _head_before(model_map: ModelMap, names: Collection[str]) -> dict[str, Tensor]:
-    """Copies of the head's parameters that are among `names`, by name."""
-    if model_map.task != "causal_lm":
-        return {}
-    inside = {id(parameter) for parameter in model_map.model.get_submodule(model_map.head).parameters()}
-    every = dict(model_map.model.named_parameters())
-    return {name: every[name].detach().clone() for name in names if id(every[name]) in inside}
-
-
-@contextmanager
-def _adapters(context: EditContext, names: Sequence[str], p: AscentParameters) -> Iterator[list[nn.Parameter]]:
-    """Adapters beside the linear maps named; those that share roles and come later in depth stay at zero."""
-    model_map, wanted = context.model_map, set(names)
-    listed = [(block, q) for block in model_map.blocks for q in (*block.attention, *block.feed_forward)]
-    chosen = [(block, q) for block, q in listed if q.parameter in wanted]
-    with training.adapters(
-        context.model,
-        model_map,
-        rank=p.rank,
-        alpha=p.adapter_scale * p.rank,
-        roles={q.role for _, q in chosen},
-        first_block=min(block.index for block, _ in chosen),
-        seed=context.seed,
-    ) as pairs:
-        adapted = list(training.merged_deltas(context.model, model_map))
-        halves = dict(zip(adapted, zip(pairs[::2], pairs[1::2], strict=True), strict=True))
-        for parameter in pairs:
-            parameter.requires_grad_(False)
-        trained = [half for name in names for half in halves[name]]
-        for half in trained:
-            half.requires_grad_(True)
-        yield trained
-
-
-class _Added:
-    """An edit for `write_edited`: adds a difference to each tensor, in float64 and rounded once."""
-
-    def __init__(self, differences: dict[str, Tensor]) -> None:
-        self._differences = differences
-
-    def __call__(self, name: str, weight: Tensor) -> Tensor | None:
-        difference = self._differences.pop(name, None)
-        if difference is None or not difference.any():
-            return None
-        return torch.where(difference == 0, weight, (weight.double() + difference).to(weight.dtype))
