@@ -31,11 +31,14 @@ EDITORS = {
     "given": "unlearn.editors.given:GivenEditor",
     "gradient_ascent": "unlearn.editors.losses:AscentEditor",
     "gradient_difference": "unlearn.editors.losses:DifferenceEditor",
+    "gs_lora": "unlearn.editors.gs_lora:GSLoRAEditor",
     "kfac": "unlearn.editors.kfac:KFACEditor",
     "npo": "unlearn.editors.losses:NPOEditor",
     "simnpo": "unlearn.editors.losses:SimNPOEditor",
     "ssd": "unlearn.editors.ssd:SSDEditor",
     "svd": "unlearn.editors.svd:SVDEditor",
+    "uld": "unlearn.editors.uld:ULDEditor",
+    "uld_distilled": "unlearn.editors.distilled:ULDDistilledEditor",
 }
 
 
@@ -54,6 +57,9 @@ class Texts(Protocol):
 
     def perturbed(self, per_record: int, seed: int) -> list[TokenRecord]:
         """The records with wrong answers of the same form: up to so many of each, record by record."""
+
+    def report(self) -> dict[str, Any]:
+        """How many were made so far, by source; no text."""
 
 
 @dataclass(slots=True)
