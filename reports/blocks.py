@@ -186,6 +186,7 @@ class Page:
     appendix: Sequence[Section]
     digest: str
     stem: str = "report"  # of the documents' names: report.json, report.html
+    banner: str = ""  # what has to be read with the verdict
 
     @property
     def symbol(self) -> str:

@@ -244,6 +244,7 @@ def _checkpoints(run: Path, measured: Json, custody: Json) -> Json:
             "name": f"{before['name']} (edited)",
             "bytes": sum(row["size"] for row in files) or None,
             "tensor_digest": measured["after"]["tensor_digest"],
+            "inference_time": _at_inference_time(read(run, "edit/plan.json", required=False)),
             "files": files,
         }
     reference = read(run, "inputs/reference.json", required=False)
@@ -259,7 +260,16 @@ def _checkpoint(raw: Json) -> Json:
         if isinstance(row, dict)
     ]
     described = {key: tree(raw.get(key)) for key in _CHECKPOINT_KEYS}
-    return described | {"name": described["name"] or "unnamed", "files": sorted(files, key=lambda row: row["path"])}
+    return described | {
+        "name": described["name"] or "unnamed",
+        "inference_time": bool(raw.get("inference_time")),
+        "files": sorted(files, key=lambda row: row["path"]),
+    }
+
+
+def _at_inference_time(plan: Json) -> bool:
+    """Whether the edit left the original's weights in the copy's files; runs of earlier versions had no such edits."""
+    return bool((plan.get("method") or {}).get("inference_time"))
 
 
 def _request(raw: Json) -> Json | None:
@@ -310,6 +320,7 @@ def _method(run: Path) -> Json | None:
         "version": text_of(method.get("version")),
         "paper": text_of(method.get("paper")),
         "parameters": tree(method.get("parameters") or {}),
+        "inference_time": _at_inference_time(plan),
         "importances": tree(plan.get("importances") or {}),
         "warnings": [clean(str(text)) for text in plan.get("warnings") or []],
         "edit": edit,

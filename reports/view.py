@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from reports.arms import edited
 from reports.blocks import TONES, Block, Cell, Page, Prose, Section
+from reports.inference_time import banner
 from reports.sections.appendix import attack_glossary, crosswalk, data, glossary, probe_glossary
 from reports.sections.attacks import attacks
 from reports.sections.edit import edit_section
@@ -87,6 +88,7 @@ def page(report: Json, audience: str, digest: str, signoffs: Sequence[Json] = ()
         sections=sections,
         appendix=appendix,
         digest=digest,
+        banner=banner(report, audience),
     )
 
 

@@ -41,6 +41,8 @@ ELSEWHERE = ("digest", "schema", "tensor_digest")  # the digest has its own colu
 def extent(report: Json) -> str:
     """How much changed: `140 of 272 tensors changed, 5,489,234 of 134,515,008 elements (4.081 %).`"""
     edit = report["method"]["edit"]
+    if report["method"]["inference_time"] and not edit["changed_elements"]:
+        return _beside(edit["statistics"].get("added_elements"))
     changed = sum(row["changed"] > 0 for row in edit["tensors"])
     total = report["checkpoint"]["before"]["tensors"]
     text = f"{changed:,}{f' of {total:,}' if total else ''} tensors changed"
@@ -49,6 +51,15 @@ def extent(report: Json) -> str:
         text += f", {edit['changed_elements']:,} of {edit['total_elements']:,} elements ({number(share)} %)"
     left = ", ".join(short(name, 60) for name in edit["left_out"][:8])
     return f"{text}. Left out, being second copies of the weights: {left}." if left else f"{text}."
+
+
+def _beside(added: Any) -> str:
+    """The extent of an edit at inference time: nothing in the weights, and what was put beside them."""
+    beside = f"; {number(added)} elements were added beside them" if isinstance(added, int) and added else ""
+    return (
+        f"No weight of the original was changed: the copy's files hold them all{beside}. Where the copy answers "
+        "otherwise, its own program does it when it is asked; its weights are the same."
+    )
 
 
 def edit_section(report: Json, audience: str) -> list[Block] | str:
@@ -64,7 +75,10 @@ def edit_section(report: Json, audience: str) -> list[Block] | str:
     blocks += [Prose(f"Warning: {text}", "open") for text in method["warnings"][:10]]
     if edit is None:
         return [*blocks, Prose("not run: the edit was planned and not applied.", "open")]
-    blocks += [Prose(extent(report)), *_heat(edit)]
+    blocks.append(Prose(extent(report)))
+    if method["inference_time"] and not edit["changed_elements"]:
+        return blocks
+    blocks += _heat(edit)
     return [*blocks, _tensors(edit)] if audience == "engineer" else blocks
 
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from reports.arms import arm_words, edited, present_arms
-from reports.attacks import STAGES
+from reports.attacks import PLAIN, STAGES
 from reports.blocks import Block, Cell, Items, Line, Prose, Table, figure_cell, table
 from reports.durability import RELEARNING, line_curve, on_the_edit, relearning_curve
+from reports.inference_time import acts
 from reports.sections.attack_charts import NamedSeries, line_chart
 from reports.sections.attacks import figure_title, not_run, purpose, residual_cell
 from reports.text import (
@@ -43,12 +44,16 @@ def forgotten_or_hidden(report: Json, audience: str) -> list[Block] | str:
     """
     part = report["robustness"]
     rows = on_the_edit(report)
-    if not rows:
+    kept = acts(report)  # the original's weights, in the copy's files: a finding that takes no attack
+    if not rows and not kept:
         return str(part["reason"] or "the run stopped before the edited copy was attacked")
     engineer = audience == "engineer"
     blocks: list[Block] = [*finding(report)]
-    if part["status"] == "not_run":
+    if part["status"] == "not_run" and part["reason"]:
         blocks.append(Prose(f"not run: {part['reason']}."))
+    blocks += _with_the_files(report, rows) if kept else []
+    if not rows:
+        return blocks
     blocks.append(_residuals(report, rows, engineer=engineer))
     blocks += _relearning(report)
     if engineer:
@@ -95,6 +100,39 @@ def _residuals(report: Json, rows: Sequence[Json], *, engineer: bool) -> Table:
     columns = ("Attack", "Access", *(words[arm][0] for arm in present), "Residual", "Outcome")
     caption = "Figures without the attack → under it, and the residual"
     return table(caption, columns, lines, "attacks[]", most=MOST, brief=False)
+
+
+def _with_the_files(report: Json, rows: Sequence[Json]) -> list[Block]:
+    """What attacks on the weights get out of the original, and so out of the copy's files: arm O stands for arm U.
+
+    Shown beside the finding and never as a residual: no attack ran on the copy's files.
+    """
+    said = (
+        "Attacks that take the weights (A2, A3) did not run on the copy: its files hold the original's weights, so for "
+        "whoever has the files the residual is that of the original by construction. This is a statement about the "
+        "method and no measured figure."
+    )
+    found = report["run"]["attacks"]["before"] or {}
+    lines = []
+    for row in rows:
+        detail = found.get(row["name"])
+        if row["status"] == "run" or not detail or detail["figures"].get(detail["headline"]) is None:
+            continue
+        title = detail["titles"].get(detail["headline"]) or ""
+        cells = (
+            moved_cell(detail[part].get(PLAIN), detail[part].get(detail["headline"]), interval=True)
+            for part in ("figures", "control")
+        )
+        name = Cell(short(attack_label(row["name"]), 60), short(sentence_case(title), 80), style="wide")
+        lines.append([name, Cell(row["access"]), *cells])
+    shown = table(
+        "The original under attack, which is what the copy's files give: figures without the attack → under it",
+        ("Attack", "Access", "Records", "Never seen"),
+        lines,
+        "run.attacks.before",
+        most=MOST,
+    )
+    return [Prose(said, "bad"), *([shown] if lines else [])]
 
 
 def _outcome_line(report: Json, row: Json, present: str, *, engineer: bool) -> Line:

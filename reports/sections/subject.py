@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from reports.arms import arms, known_metrics
 from reports.blocks import Block, Cell, Dates, Facts, Items, Prose, Section
+from reports.inference_time import FILES, acts
 from reports.sections.request import out_of_scope, request_dates
 from reports.text import Json, family_of, figure_parts, plain, plural, short, stress_group, words_of
 
@@ -75,9 +76,12 @@ def _changed(report: Json, request: Json) -> list[Block]:
             return [Prose(f"No edited copy of the model “{name}” has been tested yet.")]
         return [Prose(f"The model “{name}” was examined. Nothing in it was changed.")]
     changed = sum(row["changed"] > 0 for row in edit["tensors"])
+    what = f"{plural(changed, 'table')} of numbers inside the model changed."
+    if acts(report):
+        what = "Its numbers stayed as they were; a program that belongs to the copy changes its answers."
     text = (
         f"A copy of the model “{name}” was edited so that it should no longer give out these records. "
-        f"{plural(changed, 'table')} of numbers inside the model changed. The original was left as it was."
+        f"{what} The original was left as it was."
     )
     kept = [short(words_of(plain(row.get("what"))), 60) for row in out_of_scope(request) if not row.get("included")]
     return [Prose(text), *([Prose(f"Not part of this change: {', '.join(kept[:8])}.")] if kept else [])]
@@ -125,6 +129,7 @@ def _possible(report: Json) -> list[str]:
     ways = dict.fromkeys(stress_group(name)[1] for name in report["robustness"]["recovering"] if edited)
     brought = not repeated and any(family_of(name) in BROUGHT_OUT for name in hits)
     return [
+        *([FILES] if edited and acts(report) else []),
         *(["The tested model can still repeat at least one of the records."] if repeated else []),
         *(["With more effort, at least one of the records, or a close copy of it, was still got out."] * brought),
         *([f"The information, or part of it, could be brought back by {_either(list(ways))}."] if ways else []),

@@ -119,6 +119,8 @@ STATEMENTS = {
     "undecided": "none of 9 attacks is shown to bring records back, and 1 could not rule it out",
     "not tested": "no attack on the edit's durability could be read",
 }
+AT_INFERENCE_TIME = "an inference-time method: the folder holds the original's weights; whoever has them has arm O"
+BY_CONSTRUCTION = "the files of the copy hold the original's weights, by construction and not by measurement"
 CRITERION = {
     "id": "C4",
     "metric": "residual",
@@ -182,6 +184,51 @@ def write_stress_run(run: Path, scenario: str = "hidden", *, retain: bool = True
         criteria = json.loads((run / "compare/criteria.json").read_text())
         dump(run / "compare/criteria.json", criteria | {"criteria": [*criteria["criteria"], CRITERION]})
     return run
+
+
+def write_inference_time_run(run: Path, *, suite: bool = True, silent: bool = True, **options: Any) -> Path:
+    """A forget run whose edit acts at inference time: attacks on weights ran on the original and the reference alone.
+
+    Args:
+        run: run folder.
+        suite: whether the suite has attacks on an edit at all.
+        silent: whether no record was emitted in the tests (E1), or some were (E0).
+        options: of `write_stress_run`.
+    """
+    options = {"scenario": "not hidden", "verdict": "criteria not met", "residue": 0.0 if silent else 0.4, **options}
+    write_stress_run(run, **options) if suite else write_run(run, **{"blocks": 4} | without(options, "scenario"))
+    weights = {name for name, row in ATTACKS.items() if row[1] in ("A2", "A3")}
+    path = run / "after/metrics.json"
+    metrics = json.loads(path.read_text())
+    for row in metrics["attacks"]:
+        if row["access"] in ("A2", "A3") and row["status"] == "run":
+            row |= {"status": "not_run", "reason": AT_INFERENCE_TIME, "figure": None, "detail": False}
+            (run / "after/attacks" / f"{row['name']}.json").unlink(missing_ok=True)
+    dump(path, metrics)
+    plan = json.loads((run / "edit/plan.json").read_text())
+    method = {"name": "uld", "version": "1", "paper": "arXiv 2406.08607", "inference_time": True}
+    plan |= {"method": plan["method"] | method, "importances": {}, "warnings": ["It acts at inference time."]}
+    dump(run / "edit/plan.json", plan)
+    delta = json.loads((run / "edit/delta.json").read_text())
+    statistics = {"added_elements": 1474560, "steps": 30}
+    delta |= {"tensors": [], "changed_elements": 0, "total_elements": 135989568, "statistics": statistics}
+    dump(run / "edit/delta.json", delta)
+    paired = json.loads((run / "compare/paired.json").read_text())
+    entries = {name: row for name, row in paired.get("attacks", {}).items() if name not in weights}
+    read = [name for name, row in entries.items() if row["stress"]]
+    found = _summary("not hidden", {name: SCENARIOS["not hidden"][name] for name in read}, dict.fromkeys(weights))
+    found |= {"not_run": sorted(weights) if suite else [], "finding": "hidden", "statement": BY_CONSTRUCTION}
+    dump(run / "compare/paired.json", paired | {"attacks": entries, "stress": found})
+    criteria = json.loads((run / "compare/criteria.json").read_text())
+    reason = "the copy's files hold the original's weights: the residual is 1 by construction"
+    criteria["criteria"].append(CRITERION | {"observed": None, "reason": reason})
+    dump(run / "compare/criteria.json", criteria | {"claim_level": "E1" if silent else "E0"})
+    return run
+
+
+def without(options: Json, *names: str) -> Json:
+    """Options but for those named."""
+    return {key: value for key, value in options.items() if key not in names}
 
 
 def _share(value: float, half: float = 0.05) -> Json:

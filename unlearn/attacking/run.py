@@ -19,6 +19,7 @@ from probes import statistics
 from probes.errors import ResourceError, UnsupportedError, UsageError
 from unlearn.attacking.result import Result, frame
 from unlearn.attacking.views import Views
+from unlearn.editing import at_inference_time
 from unlearn.evidence.measure import Measured, Settings
 from unlearn.evidence.metrics import residual_figure
 from unlearn.evidence.stress import ERROR, Arms, Judged, judge, summarise
@@ -33,6 +34,8 @@ FIGURES = {
     "verbatim.strength": "extraction_strength",
     "recollection.probability": "probability",
 }
+WEIGHTS = ("A2", "A3")  # access that includes the weights
+MODEL_OF = {"before": "checkpoint", "after": "edited", "reference": "reference"}
 VERSION = "1"  # of what attacks on an edit's durability give; part of every key in the store
 _OWN = {declaration.name for declaration in BUILT_IN}
 
@@ -64,6 +67,10 @@ def lacking(declaration: Declaration, views: Views) -> str | None:
     job = views.workspace.job
     if job.kind == "audit" and any(declaration.name == entry["name"] for entry in job.suite.get("reaudit", ())):
         return f"it tests an edit: `unlearn forget` runs it, or `unlearn attack {declaration.name}`"
+    if declaration.access in WEIGHTS and at_inference_time(views.workspace, MODEL_OF[views.stage]):
+        if views.edited:
+            return "an inference-time method: the folder holds the original's weights; whoever has them has arm O"
+        return "an inference-time method: the folder holds another model's weights; attack that model"
     present: dict[str, Callable[[], bool]] = {
         "records": lambda: views.has("records"),
         "control": lambda: views.has("control"),
@@ -323,7 +330,8 @@ def attack_arms(
         else:
             judged[name] = judge(found, clusters["records"], clusters["control"], family=len(read), seed=seed)
         arms[name]["stress"] = judged[name].as_dict(1 - ERROR)
-    return arms, summarise(judged, [name for name in declared if name not in read])
+    not_run = [name for name in declared if name not in read]
+    return arms, summarise(judged, not_run, inference_time=at_inference_time(workspace, "edited"))
 
 
 @dataclass(frozen=True, slots=True)

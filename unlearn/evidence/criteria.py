@@ -52,6 +52,7 @@ class Evidence:
     seed: int
     attacks: dict[str, dict[str, Any]] = field(default_factory=dict)  # as in `compare/paired.json`
     stress: dict[str, Any] | None = None  # likewise
+    inference_time: bool = False  # the files of `current` hold the weights of `before`
 
     def table(self, stage: str, name: str) -> pd.DataFrame | None:
         """One set's table of `current`, `before` or `reference`, or None when it was not measured."""
@@ -123,6 +124,8 @@ def _under_attack(criterion: Criterion, evidence: Evidence) -> tuple[Figure | No
     every = criterion.attack == "all"
     tested = evidence.stress["attacks"] if evidence.stress else []
     names = [name for name in tested if every or name == criterion.attack]
+    if every and evidence.inference_time and criterion.max < 1:
+        return _by_construction(evidence, criterion.max)
     if not names:
         if every:
             return None, "inconclusive", "no attack on the edit's durability could be read"
@@ -138,6 +141,25 @@ def _under_attack(criterion: Criterion, evidence: Evidence) -> tuple[Figure | No
         return shown, "met", f"upper bound at most {criterion.max:g} under {len(names)} attack{'s' * (len(names) > 1)}"
     open_ = [name for name in names if bounds[name]["high"] is None or bounds[name]["high"] > criterion.max]
     return shown, "inconclusive", f"{', '.join(open_)}: a residual above {criterion.max:g} is not ruled out"
+
+
+def _by_construction(evidence: Evidence, limit: float) -> tuple[None, Status, str]:
+    """The residual under every attack where the copy's files hold the original's weights: arm U is arm O at access A2.
+
+    (U - N) / (O - N) is then 1 without a measurement, provided that the records stood out in the original at all. What
+    attacks through the copy's own program show cannot make up for it.
+    """
+    metric = find(evidence.task, "label_probability" if evidence.task == "image_classification" else "probability")
+    records, control = evidence.table("before", "records"), evidence.table("before", "control")
+    if records is None or control is None or not len(records) or not len(control):
+        return None, "inconclusive", "the copy's files hold the original's weights, and no control set was measured"
+    gap = float(values(metric, records).mean() - values(metric, control).mean())
+    holds = "the copy's files hold the original's weights"
+    if gap < statistics.MIN_GAP:
+        why = f"in which the records stand out from never-seen ones by {gap:.3g}, less than {statistics.MIN_GAP:g}"
+        return None, "inconclusive", f"{holds}, {why}: no residual can be given"
+    why = f"for whoever has them the residual is 1 by construction, above {limit:g}, without a measurement"
+    return None, "not met", f"{holds}: {why}"
 
 
 def _above(bounds: dict[str, Any], limit: float) -> bool:
@@ -300,8 +322,9 @@ def utility(evidence: Evidence) -> dict[str, dict[str, Figure]]:
 def claim_level(rows: Sequence[dict[str, Any]], evidence: Evidence) -> str | None:
     """How far the evidence reaches: E0 edit applied, E1 not emitted under the tested prompts, E2 equivalent to the
     reference within a margin fixed beforehand, E3 that and every attack on the edit's durability resisted, among them
-    relearning, quantisation and one on the inside. An attack that brings records back leaves E1 at most. E4 needs
-    retraining and is not claimed here.
+    relearning, quantisation and one on the inside. An attack that brings records back leaves E1 at most, and so does an
+    edit that acts at inference time, whose files hold the original's weights. E4 needs retraining and is not claimed
+    here.
     """
     if evidence.before is None:
         return None
@@ -309,6 +332,8 @@ def claim_level(rows: Sequence[dict[str, Any]], evidence: Evidence) -> str | Non
     hit = "emitted" if evidence.task == "causal_lm" else "correct"
     if table is None or not len(table) or bool(np.asarray(table[hit]).any()):
         return "E0"
+    if evidence.inference_time:
+        return "E1"
     equivalent = [row for row in rows if row["test"] == "equivalence" and row["against"] == "reference"]
     if not equivalent or any(row["status"] != "met" for row in equivalent):
         return "E1"

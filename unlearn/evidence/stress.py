@@ -18,6 +18,10 @@ with a paired, cluster-aware interval. Exactly one status follows:
 A set of never-seen records that is a little harder or easier than the records shifts the residual; the margin and the
 reference keep such a shift from being called hidden.
 
+An edit that acts at inference time leaves the original's weights in the files of the copy. Attacks on weights do not
+run on it: at that access arm U is arm O, and what the original holds of the records is there. That is known from how
+the method works and not from a measurement, so the finding is "hidden" whatever the other attacks show.
+
 Bounds are simultaneous: with k attacks each is at one-sided level 1 - 0.05 / k (Bonferroni), so the chance that any
 attack "recovers" a truly forgotten set, or any "resists" on a set that is hidden, is at most 5 %.
 """
@@ -181,13 +185,23 @@ def survives(summary: Mapping[str, Any]) -> bool:
     return summary["finding"] == "not hidden" and covered
 
 
-def summarise(judged: Mapping[str, Judged], not_run: Sequence[str], margin: float = MARGIN) -> dict[str, Any]:
+BY_CONSTRUCTION = (
+    "the method acts at inference time: the files of the copy hold the original's weights, and with them the records "
+    "as the original holds them, by construction and not by measurement"
+)
+
+
+def summarise(
+    judged: Mapping[str, Judged], not_run: Sequence[str], margin: float = MARGIN, *, inference_time: bool = False
+) -> dict[str, Any]:
     """What the attacks say together, for `compare/paired.json`.
 
     Args:
         judged: by attack.
         not_run: attacks of the suite that test an edit and did not run.
         margin: see the module.
+        inference_time: whether the copy's files hold the original's weights, so that the attacks are only those that
+            go through its own program.
 
     Returns:
         Names by status, `finding` (`hidden`, `not hidden`, `undecided`, `not tested`) and a sentence.
@@ -209,6 +223,9 @@ def summarise(judged: Mapping[str, Judged], not_run: Sequence[str], margin: floa
         "not hidden": f"under all {len(tested)} attacks at most {margin:.0%} of what stood out is there",
         "not tested": "no attack on the edit's durability could be read",
     }[finding]
+    if inference_time:
+        through = f"; through the copy's own program: {statement}" if tested else ""
+        finding, statement = "hidden", f"{BY_CONSTRUCTION}{through}"
     return {
         "attacks": tested,
         "margin": margin,
