@@ -6,6 +6,7 @@
     run = probe("kfac", "checkpoint", data="text.jsonl")
     run = attack("exposure.canaries", "checkpoint", canaries="canaries.jsonl")
     run = edit("kfac", "checkpoint", retain="text.jsonl")
+    model = load_model(run.checkpoint)
 
 A run is a folder; `Run` is a view of it.
 """
@@ -13,9 +14,9 @@ A run is a folder; `Run` is a view of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,14 +26,19 @@ from unlearn.attacking.attackrun import AttackRun
 from unlearn.disk import disk_errors, write_atomic
 from unlearn.editing import EditRun
 from unlearn.evidence.criteria import EXIT_CODES
+from unlearn.failure import explain
+from unlearn.ledger import custody
+from unlearn.ledger.batch import Batch, combine
+from unlearn.ledger.chain import Entry, Ledger
+from unlearn.ledger.history import ROLE, earlier_records, refuse_overlap, text_prompt_tokens
 from unlearn.pipeline import Pipeline, plan_only
 from unlearn.probing.run import ProbeRun
-from unlearn.records.files import as_row, records_from
+from unlearn.records.files import as_row, read_records, records_from
 from unlearn.records.raw import RawRecord, RecordFormat
 from unlearn.requests.attacks import Sampling, attack_settings
 from unlearn.requests.presets import Criterion, Policy, load_method, load_policy, load_suite
 from unlearn.requests.probes import probe_settings
-from unlearn.requests.request import Request, load_request, record_sets, redacted
+from unlearn.requests.request import Request, check_digests, load_request, record_sets, redacted
 from unlearn.runs.folder import RunFolder, digest, json_bytes, read_header
 from unlearn.runs.job import Job, Options, Source
 from unlearn.terminal import Display
@@ -43,7 +49,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-__all__ = ["Options", "RecordFormat", "Run", "attack", "audit", "edit", "forget", "probe"]
+__all__ = ["Options", "RecordFormat", "Run", "attack", "audit", "edit", "forget", "load_model", "probe"]
 
 
 class Run:
@@ -233,7 +239,7 @@ def audit(
 
 
 def forget(
-    request: str | Path | None = None,
+    request: str | Path | Sequence[str | Path] | None = None,
     *,
     model: nn.Module | None = None,
     records: Any = None,
@@ -247,6 +253,10 @@ def forget(
     tokenizer: Any = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
+    ledger: str | Path | None = None,
+    chain: bool = False,
+    again: bool = False,
+    complete_history: bool = False,
     options: Options | None = None,
     display: Display | None = None,
 ) -> Run:
@@ -254,8 +264,11 @@ def forget(
 
     Either `request` names a YAML file, or `model` is a live module and the rest says what to do with it.
 
+    A run of a request file is entered in the ledger of its run store, and records that were forgotten on the way to
+    the checkpoint are asked for again in the same pass (`unlearn.ledger`). A live module has no ledger.
+
     Args:
-        request: a request file (`unlearn init` writes a commented one).
+        request: a request file (`unlearn init` writes a commented one), or several to carry out by one edit.
         model: a live module instead.
         records: with `model`: records to forget.
         control: with `model`: never-seen records.
@@ -268,6 +281,10 @@ def forget(
         tokenizer: for a live language model.
         out: the run folder.
         resume: an interrupted run folder to go on with.
+        ledger: the run store whose ledger is kept; see `unlearn.ledger.custody.ledger_for` for the default.
+        chain: start from the newest checkpoint that earlier requests made of the one the request names.
+        again: carry a request out once more. Without it, and without `out`, the run that did is returned.
+        complete_history: refuse a run that cannot ask for every record forgotten earlier.
         options: device, dtype, seed, ...
         display: where progress goes.
 
@@ -276,12 +293,13 @@ def forget(
 
     Raises:
         UsageError: for anything wrong with the inputs, all mistakes at once.
-        IntegrityError: if a digest differs, or the output would lie inside an input.
+        IntegrityError: if a digest differs, the ledger was altered, or the output would lie inside an input.
         UnsupportedError: for a model or method the toolkit cannot combine.
-        ResourceError: if memory or disk runs out.
+        ResourceError: if memory or disk runs out, or another process is at the same request.
     """
+    requests = _several(request)
     if resume is not None:
-        return _resume(Path(resume), request, display)
+        return _resume(Path(resume), requests, display)
     if model is not None:
         live, sources, raw = _inputs(
             model, reference, tokenizer, {"records": records, "control": control, "retain": retain}
@@ -300,9 +318,90 @@ def forget(
             policy="own" if own else chosen.name,
         )
         return _start(job, out, live, raw, display)
-    if request is None:
+    if not requests:
         raise UsageError("expected a request file, a live model or a run to resume, found none of them")
-    return _start(request_job(load_request(request), options or Options(), suite), out, Live(), {}, display)
+    batch = request_batch(requests, options or Options(), suite)
+    kept = custody.ledger_for(ledger, out, batch.job.checkpoint)
+    if kept is None:
+        if chain or again or complete_history:
+            raise UsageError("expected a ledger for a chain, for --again or for a history, found none kept")
+        return _start(batch.job, out, Live(), _batched(batch), display)
+    plan = custody.plan(kept, batch, chain=chain, complete=complete_history)
+    if plan.carried_out is not None and out is None and not again:
+        return _carried_out(kept, plan.carried_out, display)
+    return carry_out(plan, batch, out, display, alone=out is None and not again)
+
+
+def request_batch(requests: Sequence[str | Path], options: Options, suite: str | Path | None = None) -> Batch:
+    """One job for one or more request files.
+
+    Raises:
+        UsageError: with every mistake of a file, or everything in which the requests differ.
+        IntegrityError: if a record file of several requests is not the one its request names.
+    """
+    loaded = [(Path(path).name, load_request(path)) for path in requests]
+    if len(loaded) > 1:
+        for _, one in loaded:
+            check_digests(one)  # the run itself reads their records from one file of its own
+    return combine([(name, request_job(one, options, suite)) for name, one in loaded])
+
+
+def _several(request: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
+    if request is None:
+        return []
+    return [request] if isinstance(request, (str, Path)) else list(request)
+
+
+def _batched(batch: Batch) -> dict[str, list[RawRecord]]:
+    return {"records": batch.raw} if batch.raw else {}
+
+
+def _carried_out(ledger: Ledger, entry: Entry, display: Display | None) -> Run:
+    path = ledger.folder / entry.data["run"]
+    if not path.is_dir():
+        raise UsageError(
+            f"expected the run that carried this request out (entry {entry.n} of the ledger), found its folder gone; "
+            "--again carries it out once more"
+        )
+    if display is not None:
+        display.note(f"carried out before: {path}, entry {entry.n} of the ledger; --again carries it out once more")
+    return Run(path)
+
+
+def carry_out(plan: custody.Plan, batch: Batch, out: str | Path | None, display: Display | None, *, alone: bool) -> Run:
+    """Run what was planned and keep it in the ledger.
+
+    Args:
+        plan: what the ledger says of the requests.
+        batch: the requests.
+        out: the run folder; a new one in the store by default.
+        display: where progress goes.
+        alone: refuse where another process is at the same requests.
+    """
+    raw = _batched(batch)
+    again = earlier_records(plan.earlier)
+    if again:
+        refuse_overlap(again, _beside(plan.job))
+        raw[ROLE] = again
+        sources = {ROLE: Source("", text_prompt_tokens=text_prompt_tokens(plan.earlier))}
+        plan = replace(plan, job=replace(plan.job, sources=plan.job.sources | sources))
+    if plan.earlier and display is not None:
+        gone = sum(one.records for one in plan.earlier if one.missing)
+        note = f"{len(plan.earlier)} earlier requests: {len(again)} records are asked for again"
+        display.note(note + (f", {gone} are gone" if gone else ""))
+    path = Path(out) if out is not None else _new_folder(plan.ledger.folder, "forget")
+    run = _create(plan.job, path, Live(), raw, {"ledger": plan.header(path)})
+    return _execute(run, plan.job, Live(), display, plan.seen, alone=alone)
+
+
+def _beside(job: Job) -> dict[str, list[RawRecord]]:
+    """The sets a request gives beside its records."""
+    online = job.options.online
+    return {
+        role: read_records(source.location.removeprefix("hub:"), role=role, fmt=source.format(), online=online)
+        for role, source in job.sources.items()
+        if role != "records"
+    }
 
 
 def probe(
@@ -488,6 +587,39 @@ def edit(
     return _start(job, out, live, raw, display)
 
 
+def load_model(
+    checkpoint: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    online: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load any checkpoint as the audit does: evaluation mode, types spelled out, every weight from the files.
+
+    A folder that an inference-time method wrote gives the model that answers as the method does, by the code of this
+    package: `trust_remote_code` is not needed for it, and the Python file in the folder is not run.
+
+    Args:
+        checkpoint: a folder, a `.gguf` file, or with `online` a hub id.
+        dtype: float32, bfloat16, float16 or float64.
+        device: "cpu", "cuda", "cuda:1", ...
+        online: whether a hub id may be downloaded.
+        allow_pickle: read tensors from pickled weights where there are no safetensors.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
+    Raises:
+        UsageError: for no checkpoint, a damaged or incomplete one, or an unknown dtype.
+        UnsupportedError: for a model that cannot be measured.
+        ResourceError: if it does not fit in memory, or there is no such device.
+    """
+    from unlearn.checkpoints.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(checkpoint, online=online, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    return opened.load_model(dtype, device)
+
+
 def request_job(request: Request, options: Options, suite: str | Path | None = None) -> Job:
     """The job that a request file describes."""
     sources, sha256 = {}, {}
@@ -531,10 +663,13 @@ def request_job(request: Request, options: Options, suite: str | Path | None = N
     )
 
 
-def plan(request: str | Path, out: str | Path | None, options: Options, display: Display) -> dict[str, Any]:
-    """`unlearn forget --plan-only`: what the run would do; nothing is edited."""
-    job = request_job(load_request(request), options)
-    run = _create(job, out, Live(), {})
+def plan(
+    request: str | Path | Sequence[str | Path], out: str | Path | None, options: Options, display: Display
+) -> dict[str, Any]:
+    """`unlearn forget --plan-only`: what the run would do; nothing is edited, and nothing is entered in a ledger."""
+    batch = request_batch(_several(request), options)
+    job = batch.job
+    run = _create(job, out, Live(), _batched(batch))
     try:
         planned = plan_only(Pipeline(run, job, display))
     except BaseException:
@@ -606,12 +741,32 @@ def _inputs(
 
 def default_out(kind: str) -> Path:
     """A new folder under `runs/`, named by time."""
+    return next(path for path in _names(Path("runs"), kind) if not path.exists())
+
+
+def _names(store: Path, kind: str) -> Iterator[Path]:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    base = Path("runs") / f"{stamp}-{kind}"
-    return next(path for i in range(1000) if not (path := base.with_name(base.name + (f"-{i}" if i else ""))).exists())
+    return (store / (f"{stamp}-{kind}" + (f"-{i}" if i else "")) for i in range(1000))
 
 
-def _create(job: Job, out: str | Path | None, live: Live, raw: dict[str, list[RawRecord]]) -> RunFolder:
+def _new_folder(store: Path, kind: str) -> Path:
+    """A new folder in a store, made here, so that two processes that start at once get two."""
+    with disk_errors():
+        store.mkdir(parents=True, exist_ok=True)
+        for path in _names(store, kind):
+            with suppress(FileExistsError):
+                path.mkdir()
+                return path
+    raise UsageError("expected room for another run folder of this second, found 1000 of them; try again")
+
+
+def _create(
+    job: Job,
+    out: str | Path | None,
+    live: Live,
+    raw: dict[str, list[RawRecord]],
+    further: dict[str, Any] | None = None,
+) -> RunFolder:
     import sys
 
     from unlearn.checkpoints.loading import known_device
@@ -627,15 +782,22 @@ def _create(job: Job, out: str | Path | None, live: Live, raw: dict[str, list[Ra
         "versions": {"unlearn-audit": environment(device)["unlearn-audit"]} | environment(device)["libraries"],
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:2]],  # the command, not its arguments: paths can name people
     }
-    path = Path(out) if out is not None else default_out(job.kind)
+    path = Path(out) if out is not None else _new_folder(Path("runs"), job.kind)
     inputs = [Path(ref) for ref in (job.checkpoint, job.reference) if ref and ref != "live" and Path(ref).exists()]
-    run = RunFolder.create(path, header, inputs)
+    try:
+        run = RunFolder.create(path, header | (further or {}), inputs)
+    except UnlearnError:
+        with suppress(OSError):
+            path.rmdir()  # an empty folder that was made for this run
+        raise
     with disk_errors():
         for role, records in raw.items():
             rows = b"".join(json.dumps(as_row(record), ensure_ascii=False).encode() + b"\n" for record in records)
             source = path / "private" / f"given-{role}.jsonl"
             write_atomic(source, rows)
-            job.sources[role] = Source(str(source.resolve()))
+            stated = job.sources.get(role)
+            tokens = stated.text_prompt_tokens if stated is not None else 1
+            job.sources[role] = Source(str(source.resolve()), text_prompt_tokens=tokens)
         write_atomic(path / "private" / "job.json", json_bytes(job.dump()))
     return run
 
@@ -647,30 +809,46 @@ def _start(
     return _execute(run, job, live, display)
 
 
-def _resume(path: Path, request: str | Path | None, display: Display | None) -> Run:
+def _resume(path: Path, requests: Sequence[str | Path], display: Display | None) -> Run:
     header = read_header(path)
     if header["status"] == "done":
         raise UsageError("expected an interrupted run to resume, found a finished one; start a new run")
     job = Job.load(path / "private" / "job.json")
     if job.checkpoint == "live":
         raise UsageError("expected a run on a checkpoint folder, found one on a module in memory; start a new run")
-    if request is not None:
-        now = request_job(load_request(request), job.options)
-        if digest(now.dump()) != digest(job.dump()):
+    if requests:
+        batch = request_batch(requests, job.options)
+        if "ledger" in header:
+            same = [key.as_dict() for key in batch.keys] == header["ledger"]["requests"]
+        else:
+            same = batch.raw == [] and digest(batch.job.dump()) == digest(job.dump())
+        if not same:
             raise IntegrityError("expected the request that the run was started with, found another; start a new run")
     return _execute(RunFolder.resume(path), job, Live(), display)
 
 
-def _execute(run: RunFolder, job: Job, live: Live, display: Display | None) -> Run:
+def _execute(
+    run: RunFolder, job: Job, live: Live, display: Display | None, seen: int | None = None, *, alone: bool = False
+) -> Run:
     kinds: dict[str, type[Workspace]] = {"probe": ProbeRun, "edit": EditRun, "attack": AttackRun}
-    workspace: Any = kinds.get(job.kind, Pipeline)(run, job, display or Display(), live)
+    kept: custody.Custody | None = None
     try:
+        kept = custody.Custody.of(run)
+        if kept is not None:
+            kept.opened(seen, alone=alone)
+        workspace: Any = kinds.get(job.kind, Pipeline)(run, job, display or Display(), live)
         verdict = workspace.execute()
+        if kept is not None:
+            kept.finished()
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
+        discarded = not stopped and run.last_event("stage.done") is None
         with suppress(UnlearnError, OSError):  # the disk may be what failed; the first error is the one to report
+            if kept is not None and not stopped:
+                kept.failed(error, explain(error)[0], discarded=discarded)
+        with suppress(UnlearnError, OSError):
             run.finish("interrupted" if stopped else "failed", 130 if stopped else None)
-        if not stopped and run.last_event("stage.done") is None:
+        if discarded:
             run.discard()  # nothing was measured: a mistyped path should not use up the name of the output folder
         raise
     run.finish("done", EXIT_CODES[verdict] if verdict else 0)

@@ -17,6 +17,7 @@ import typer
 
 from probes.errors import UnlearnError, UsageError
 from unlearn._version import __version__
+from unlearn.failure import explain
 from unlearn.terminal import Display, make_display
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ draft_app = typer.Typer(help="Propose a missing set as a file to review.", no_ar
 app.add_typer(draft_app, name="draft")
 probe_app = typer.Typer(help="Look inside a checkpoint with one probe; nothing is judged.", no_args_is_help=True)
 app.add_typer(probe_app, name="probe")
+ledger_app = typer.Typer(help="Which requests were carried out, and what came of them.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
 
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... [auto]", show_default=False)]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64 [float32]", show_default=False)]
@@ -57,6 +60,12 @@ Corpus = Annotated[Path | None, typer.Option(help="text to look for near-duplica
 Canaries = Annotated[Path | None, typer.Option(help="planted secrets with their format, JSONL")]
 Candidates = Annotated[Path | None, typer.Option(help="candidates for each record's personal data, JSONL")]
 Checkpoint = Annotated[str, typer.Argument(help="checkpoint folder, .gguf file, or hub id with --online")]
+Store = Annotated[Path | None, typer.Option("--ledger", help="run store whose ledger is kept", show_default=False)]
+Read = Annotated[
+    Path | None,
+    typer.Option("--ledger", help="run store with the ledger [UNLEARN_LEDGER, or runs]", show_default=False),
+]
+Complete = Annotated[bool, typer.Option("--complete-history", help="refuse where earlier records are gone")]
 
 _GLOBAL: dict[str, Any] = {}
 
@@ -103,9 +112,12 @@ _RUNTIME = {
 _FORMAT = {"field": Field, "prompt_template": PromptTemplate, "completion_template": CompletionTemplate}
 
 
-def shared(*, formats: bool = False, exit_zero: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def shared(
+    *, formats: bool = False, exit_zero: bool = False, out: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options every run has; it takes them as `options` and `shown`, and `format` if `formats`."""
-    added = (_FORMAT if formats else {}) | {"out": Out} | _RUNTIME | ({"exit_zero": ExitZero} if exit_zero else {})
+    added = (_FORMAT if formats else {}) | ({"out": Out} if out else {}) | _RUNTIME
+    added |= {"exit_zero": ExitZero} if exit_zero else {}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         given = ("options", "shown", "format", *added)
@@ -273,9 +285,15 @@ def attack(
 @app.command()
 @shared(exit_zero=True)
 def forget(
-    request: Annotated[Path | None, typer.Argument(help="request file; `unlearn init` writes a commented one")] = None,
+    request: Annotated[
+        list[Path] | None, typer.Argument(help="request file; several are carried out by one edit")
+    ] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="say what would be done, edit nothing")] = False,
     resume: Annotated[Path | None, typer.Option(help="go on with an interrupted run folder")] = None,
+    ledger: Store = None,
+    chain: Annotated[bool, typer.Option("--chain", help="start from the newest result on the checkpoint")] = False,
+    again: Annotated[bool, typer.Option("--again", help="carry a request out that was carried out before")] = False,
+    complete_history: Complete = False,
     *,
     out: Path | None,
     options: Options,
@@ -283,19 +301,121 @@ def forget(
     exit_zero: bool,
 ) -> None:
     """Edit a copy of a checkpoint so that records are no longer in it, attack the copy, decide."""
-    if request is None and resume is None:
+    if not request and resume is None:
         raise UsageError("expected a request file or --resume RUN, found neither; `unlearn init` writes a request")
-    if resume is not None and (plan_only or out is not None):
-        raise UsageError("expected --resume alone, found --plan-only or --out with it")
+    if resume is not None and (
+        plan_only or chain or again or complete_history or out is not None or ledger is not None
+    ):
+        raise UsageError("expected --resume alone, found another option that starts a run with it")
     from unlearn import api
 
     if plan_only:
         from unlearn.summary import plan_text
 
-        planned = api.plan(str(request), out, options, shown)
+        planned = api.plan(request or [], out, options, shown)
         shown.result(plan_text(planned), planned)
         return
-    _finish(api.forget(request, out=out, resume=resume, options=options, display=shown), shown, exit_zero)
+    run = api.forget(
+        request,
+        out=out,
+        resume=resume,
+        ledger=ledger,
+        chain=chain,
+        again=again,
+        complete_history=complete_history,
+        options=options,
+        display=shown,
+    )
+    _finish(run, shown, exit_zero)
+
+
+@app.command("queue")
+@shared(exit_zero=True, out=False)
+def queue_(
+    folder: Annotated[Path, typer.Argument(help="folder of request files, carried out in the order of their names")],
+    ledger: Annotated[
+        Path | None, typer.Option(help="run store [UNLEARN_LEDGER, or runs in the folder]", show_default=False)
+    ] = None,
+    chain: Annotated[bool, typer.Option("--chain", help="each request starts from the result of those before")] = False,
+    advance: Annotated[
+        str, typer.Option(help="weakest verdict that a chain goes on from: met, inconclusive or any")
+    ] = "inconclusive",
+    complete_history: Complete = False,
+    wait: Annotated[bool, typer.Option("--wait", help="wait for another process at this folder")] = False,
+    *,
+    options: Options,
+    shown: Display,
+    exit_zero: bool,
+) -> None:
+    """Carry out every request of a folder, one after another; a second pass repeats nothing."""
+    from unlearn.ledger import queue
+    from unlearn.ledger.history import ADVANCING
+
+    if advance not in ADVANCING:
+        raise UsageError(f"expected --advance to be one of {', '.join(ADVANCING)}, found another word")
+    settings = queue.Settings(chain, advance, complete_history, options)  # type: ignore[arg-type]
+    found = queue.process(folder, ledger, settings, wait=wait, display=shown)
+    shown.result(queue.summary_text(found), found)
+    code = found["exit_code"]
+    raise typer.Exit(0 if exit_zero and code in (1, 3) else code)
+
+
+def _ledger(named: Path | None) -> Any:
+    from unlearn.ledger.chain import ENVIRONMENT, Ledger
+
+    ledger = Ledger(named or os.environ.get(ENVIRONMENT) or "runs")
+    if not ledger.exists():
+        raise UsageError("expected a run store with a ledger.jsonl, found none; name it with --ledger")
+    return ledger
+
+
+def _results(display: str | None) -> Display:
+    """A display for a command that only prints: its result is shown on every display but json as text."""
+    shown = _display(display)
+    return shown if shown.name != "none" else make_display("plain")
+
+
+@ledger_app.command("list")
+def ledger_list(ledger: Read = None, display: DisplayName = None) -> None:
+    """Every request that was entered, with its state."""
+    shown, kept = _results(display), _ledger(ledger)
+    from unlearn.ledger.view import listing, listing_text
+
+    data = listing(kept)
+    shown.result(listing_text(data), data)
+
+
+@ledger_app.command("show")
+def ledger_show(
+    which: Annotated[str, typer.Argument(help="number of an entry, run folder in the store, or subject_request_id")],
+    ledger: Read = None,
+    display: DisplayName = None,
+) -> None:
+    """Everything the ledger has about one request."""
+    shown, kept = _results(display), _ledger(ledger)
+    from unlearn.ledger.view import details, details_text
+
+    data = details(kept, which)
+    shown.result(details_text(data), data)
+
+
+@ledger_app.command("verify")
+def ledger_verify(ledger: Read = None, display: DisplayName = None) -> None:
+    """Check the ledger against itself and against the runs in its store, offline."""
+    shown, kept = _results(display), _ledger(ledger)
+    from dataclasses import asdict
+
+    from unlearn.ledger.checking import verify as verify_ledger
+    from unlearn.runs.verify import passed
+
+    checks = verify_ledger(kept)
+    sound = passed(checks)
+    lines = [f"{row.status:<8} {row.name:<18} {row.detail}" for row in checks]
+    lines.append("the ledger verifies" if sound else "the ledger does not verify")
+    data = {"schema": "unlearn.ledger.verify/v1", "sound": sound, "checks": [asdict(row) for row in checks]}
+    shown.result("\n".join(lines), data)
+    if not sound:
+        raise typer.Exit(4)
 
 
 @app.command()
@@ -578,10 +698,7 @@ def diff_(
     from unlearn.summary import diff_text
 
     found = diff(run_a, run_b)
-    shown = _display(display)
-    if shown.name == "none":
-        shown = make_display("plain")
-    shown.result(diff_text(found), found)
+    _results(display).result(diff_text(found), found)
 
 
 @app.command("ls")
@@ -682,34 +799,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _guard(call: Callable[[], Any]) -> None:
     try:
         call()
-    except UnlearnError as error:
-        code, line = error.exit_code, str(error)
-    except KeyboardInterrupt:
-        code, line = 130, "interrupted; `unlearn forget --resume RUN` goes on"
-    except MemoryError:
-        code, line = 5, "expected more memory, found too little; use a smaller --batch-size or dtype"
-    except OSError as error:
-        code, line = (
-            5,
-            f"expected a working file system, found {type(error).__name__} ({os.strerror(error.errno or 0)})",
-        )
-    except Exception as error:  # its text may quote a record, so it is not shown
-        if os.environ.get("UNLEARN_TRACEBACK"):
+    except (Exception, KeyboardInterrupt) as error:
+        ours = isinstance(error, (UnlearnError, KeyboardInterrupt, MemoryError, OSError))
+        if not ours and os.environ.get("UNLEARN_TRACEBACK"):
             raise
-        frame = _last_frame(error)
-        code = 5
-        line = f"internal error: {type(error).__name__} at {frame}; UNLEARN_TRACEBACK=1 shows it (and may show records)"
-    else:
-        return
-    print(f"error: {line}" if "\n" not in line else line, file=sys.stderr)
-    sys.exit(code)
-
-
-def _last_frame(error: BaseException) -> str:
-    trace = error.__traceback__
-    where = "?"
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        where = f"{Path(code.co_filename).name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return where
+        code, line = explain(error)
+        print(f"error: {line}" if "\n" not in line else line, file=sys.stderr)
+        sys.exit(code)

@@ -25,10 +25,11 @@ from probes.errors import IntegrityError, UsageError
 from probes.likelihood import SamplingScheme
 from unlearn import reporting
 from unlearn.attacking.run import attack_arms, estimate, run_attacks
-from unlearn.editing import editor_of, named_method, note_given, write_copy
+from unlearn.editing import at_inference_time, editor_of, expect_weights, named_method, note_given, write_copy
 from unlearn.evidence import criteria as judging
 from unlearn.evidence import measure
 from unlearn.evidence.measure import Measured, Record, Settings
+from unlearn.ledger import stages
 from unlearn.probing.run import run_probes
 from unlearn.records import draft
 from unlearn.requests.presets import criteria_digest
@@ -48,6 +49,14 @@ REWRITTEN_LIMITS = {
     "paraphrases and other languages were tested as far as they were supplied.",
     "image_classification": "Images were tested as given and moved within a small radius; related images were not.",
 }
+INFERENCE_TIME = (
+    "The edit acts at inference time: the copy's files hold the original's weights, and whoever has the files can use "
+    "them without the edit; the figures hold for the copy as its own program runs it."
+)
+INFERENCE_TIME_AUDIT = (
+    "The checkpoint answers through a program of its own while its files hold the weights of another model; whoever has"
+    " the files can use that model, and nothing here says what it holds."
+)
 REWRITING = {"causal_lm": "regurgitation.", "image_classification": "elicitation.images"}
 
 
@@ -67,12 +76,12 @@ class Pipeline(Workspace):
         self.estimate()
         if self.job.reference is not None:  # first: attacks on the checkpoint compare with it
             self.stage("reference", lambda: self._measure("reference", "reference", ROLES))
-        self.stage("before", lambda: self._measure("before", "checkpoint", ROLES))
+        self.stage("before", lambda: self._measure("before", "checkpoint", stages.roles(self.job)))
         if self.job.suite["probes"]:
             self.stage("probes", self._probes)
         if self.job.kind == "forget":
             self.stage("edit", lambda: write_copy(self))
-            self.stage("after", lambda: self._measure("after", "edited", ROLES))
+            self.stage("after", lambda: self._measure("after", "edited", stages.roles(self.job)))
         self.release()
         self.stage("compare", self._compare)
         self.stage("report", self._report)
@@ -103,8 +112,10 @@ class Pipeline(Workspace):
         criteria = job.criteria[checkpoint.task]
         judging.check(criteria, checkpoint.task, auditing=job.kind == "audit")
         if job.kind == "forget":
+            expect_weights(checkpoint)
             editor_of(job)  # its parameters are checked before anything is measured
         self.freeze()
+        stages.freeze(run)
         run.event("criteria.sealed", digest=criteria_digest(criteria), policy=job.policy)
         run.write_json(
             "inputs/policy.json", {"policy": job.policy, "criteria": [c.model_dump(mode="json") for c in criteria]}
@@ -223,8 +234,10 @@ class Pipeline(Workspace):
             seed=job.options.seed,
             attacks=attacks,
             stress=stress,
+            inference_time=at_inference_time(self, "edited" if job.kind == "forget" else "checkpoint"),
         )
         rows = [judging.evaluate(criterion, evidence) for criterion in job.criteria[before.task]]
+        asked = stages.ask_again(run, job.criteria[before.task], evidence, rows)
         over = judging.over_forgetting(evidence) if job.kind == "forget" else {"flag": False, "statement": ""}
         run.write_json(
             "compare/paired.json",
@@ -240,9 +253,10 @@ class Pipeline(Workspace):
             "compare/criteria.json",
             {
                 "criteria": rows,
-                "verdict": judging.verdict(rows),
+                "earlier": asked.document,
+                "verdict": judging.verdict([*rows, *asked.rows]),
                 "claim_level": judging.claim_level(rows, evidence),
-                "limits": self._limits(evidence, over),
+                "limits": [*self._limits(evidence, over), *asked.limits],
             },
         )
 
@@ -252,6 +266,8 @@ class Pipeline(Workspace):
         task = evidence.task
         rewritten = any(name.startswith(REWRITING[task]) for name in evidence.attacks)
         limits = [(REWRITTEN_LIMITS if rewritten else METHOD_LIMITS)[task]]
+        if evidence.inference_time:
+            limits.insert(0, (INFERENCE_TIME if self.job.kind == "forget" else INFERENCE_TIME_AUDIT))
         if self.job.options.dtype != "float32" or self.device != "cpu":
             limits.append(
                 f"Figures hold for {self.job.options.dtype} on {self.device}; other arithmetic can differ near ties."
@@ -307,7 +323,7 @@ def _durability(stress: dict[str, Any]) -> list[str]:
             f"Attacks that taught never-seen records as well ({', '.join(stress['re_teaching'])}) say nothing about "
             "this edit."
         )
-    if not stress["recovering"]:
+    if stress["attacks"] and not stress["recovering"]:
         sentences.append("An attack that brings nothing back shows only that this attack, with this budget, did not.")
     return sentences
 
@@ -329,4 +345,5 @@ def plan_only(pipeline: Pipeline) -> dict[str, Any]:
         "passes": editor.passes(raw["records"], raw.get("retain", max(32, raw["records"]))),
         "disk_bytes": sum(file["size"] for file in checkpoint.manifest()),
         "drafted": [role for role in ("control", "retain") if role not in raw],
+        "inference_time": editor.inference_time,
     }

@@ -82,21 +82,32 @@ def summary(run: Run) -> str:
             for name in SHOWN[task]
         ]
         lines += ["", *_table(("retained", "before", "after", "difference"), rows)]
-    lines += _headlines(paired["attacks"], columns, titles)
-    lines += _durability(paired)
+    apart = _on_the_weights(paired) if _inference_time(run) else {}
+    lines += _headlines({n: row for n, row in paired["attacks"].items() if n not in apart}, columns, titles)
+    lines += _durability(paired, apart)
     lines += [""]
     for row in decided["criteria"]:
         required = "" if row["required"] else " (not required)"
         under = f" under {row['attack']}" if row.get("attack") else ""
         lines += [f"{row['status']:<13} {row['id']} {row['metric']}{under}{required}"]
         lines += _wrapped(row["reason"])
+    if asked := decided.get("earlier"):
+        lines += [f"{asked['status']:<13} {asked['id']}", *_wrapped(asked["reason"])]
     lines += ["", f"verdict: {decided['verdict']}" + (f"   claim level: {decided['claim_level']}" if edited else "")]
+    if _inference_time(run):
+        lines += ["inference time: the files of the copy hold the original's weights"]
     if paired["over_forgetting"]["flag"]:
         lines += ["over-forgetting: " + paired["over_forgetting"]["statement"]]
     if edited:
         lines += [f"edited copy: {run.checkpoint}"]
     lines += [f"report: {run.path / 'report' / 'report.html'}"]
     return "\n".join(lines)
+
+
+def _inference_time(run: Run) -> bool:
+    """Whether the edit left the original's weights in the files of the copy."""
+    plan = run._read("edit/plan.json")
+    return bool(plan and plan["method"].get("inference_time"))
 
 
 # Attacks whose figure stands in the first table.
@@ -122,8 +133,22 @@ def _headlines(attacks: dict[str, Any], columns: list[str], titles: dict[str, st
     return lines
 
 
-def _durability(paired: dict[str, Any]) -> list[str]:
-    """What came back under each attack on the edit, and what they say together."""
+def _on_the_weights(paired: dict[str, Any]) -> dict[str, Any]:
+    """Of an edit at inference time, the attacks on weights: they ran on the original alone, whose weights these are."""
+    return {
+        name: row
+        for name, row in paired["attacks"].items()
+        if name in (paired.get("stress") or {}).get("not_run", ()) and not row["arms"]["U"]
+    }
+
+
+def _durability(paired: dict[str, Any], apart: dict[str, Any]) -> list[str]:
+    """What came back under each attack on the edit, and what they say together.
+
+    Args:
+        paired: `compare/paired.json`.
+        apart: attacks that ran on the original alone.
+    """
     found = paired.get("stress")
     if not found:
         return []
@@ -134,6 +159,10 @@ def _durability(paired: dict[str, Any]) -> list[str]:
         levels = (f"{_value(row['plain'][arm])}>{_value(row['arms'][arm])}" for arm in "UN")
         rows.append((name, *levels, _cell(row["residual"]), row["stress"]["status"]))
     lines = ["", *_table(("attack on the edit", "after", "never seen", "residual", "status"), rows)] if rows else []
+    ran = {name: row for name, row in apart.items() if row["arms"]["O"]}
+    if ran:
+        given = [(name, _value(row["plain"]["O"]), _cell(row["arms"]["O"])) for name, row in ran.items()]
+        lines += ["", *_table(("attack on the weights", "without", "original, so in the files"), given)]
     return [*lines, "", f"forgotten or hidden? {found['finding']}", *_wrapped(found["statement"])]
 
 
@@ -148,6 +177,7 @@ def summary_data(run: Run) -> dict[str, Any]:
         "run": str(run.path),
         "verdict": decided["verdict"],
         "claim_level": decided["claim_level"],
+        "inference_time": _inference_time(run),
         "criteria": decided["criteria"],
         "arms": run._read("compare/paired.json")["arms"],
         "attacks": run._read("compare/paired.json")["attacks"],
@@ -309,7 +339,10 @@ def result_text(run: Run) -> str:
     if delta:
         share = delta["changed_elements"] / max(1, delta["total_elements"])
         changed = sum(row["changed"] > 0 for row in delta["tensors"])
-        lines += [f"{plan['method']['name']}: {changed} tensors changed, {share:.2%} of all weights"]
+        done = f"{changed} tensors changed, {share:.2%} of all weights"
+        if _inference_time(run) and not changed:
+            done = "no weight changed; the method acts at inference time"
+        lines += [f"{plan['method']['name']}: {done}"]
         lines += [line for text in plan["warnings"] for line in _wrapped(text)]
         lines += ["not audited: `unlearn forget` measures what an edit does", f"edited copy: {run.checkpoint}"]
     page = _page(run)
@@ -350,6 +383,7 @@ def plan_text(planned: dict[str, Any]) -> str:
             f"may change  {planned['tensors']} tensors, {planned['parameters']:,} parameters ({share:.1%})",
             f"passes      {passes}",
             f"disk        {planned['disk_bytes'] / 1e6:,.0f} MB for the edited copy",
+            *(["weights     the original's stay in the copy's files"] if planned["inference_time"] else []),
             "nothing was edited",
         ]
     )
