@@ -21,6 +21,8 @@ NAMES = (
     "claims",
     "suites",
     "reaudit",
+    "uld",
+    "gs_lora",
 )
 
 
