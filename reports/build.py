@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from reports.attacks import STAGES, attack_columns, attack_details, attack_rows
+from reports.criteria import criterion
+from reports.history import history
 from reports.probes import probe_results, record_figures
 from reports.reading import ReportError, figure_of, float_of, int_of, read, rows_of, text_of
 from reports.schema import ATTACK_SCHEMA, PROBE_SCHEMA, SCHEMA
@@ -101,6 +103,7 @@ def _build(run: Path) -> Json:
         "robustness": _robustness(kind, attacks, paired),
         **_decision(decision, [stage for stage in STAGES[: 2 if kind == "forget" else 1] if measured[stage] is None]),
         "custody": custody,
+        **history(run),
     }
 
 
@@ -449,26 +452,7 @@ def _decision(raw: Json, missing: list[str]) -> Json:
     level = raw.get("claim_level")
     if level is not None and level not in CLAIM_LEVELS:
         raise ReportError("expected a claim level E0 to E4 or null in criteria.json, found another", 4)
-    optional: dict[str, Callable[[Any], Any]] = {
-        "max": float_of,
-        "margin": float_of,
-        "set": text_of,
-        "against": text_of,
-        "attack": text_of,
-    }
-    criteria = []
-    for row in raw.get("criteria") or []:
-        status = row.get("status")
-        criteria.append(
-            {key: clean(str(row.get(key))) for key in ("id", "metric", "aggregate", "test")}
-            | {key: convert(row.get(key)) for key, convert in optional.items()}
-            | {
-                "required": bool(row.get("required", True)),
-                "observed": figure_of(row.get("observed")),
-                "status": status if status in ("met", "not met") else "inconclusive",
-                "reason": text_of(row.get("reason")) or "",
-            }
-        )
+    criteria = [criterion(row) for row in raw.get("criteria") or []]
     return {"criteria": criteria, "verdict": verdict, "claim_level": level, "limits": limits}
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from reports import history
 from reports.arms import edited
 from reports.blocks import TONES, Block, Cell, Page, Prose, Section
 from reports.inference_time import banner
 from reports.sections.appendix import attack_glossary, crosswalk, data, glossary, probe_glossary
 from reports.sections.attacks import attacks
+from reports.sections.earlier import earlier_requests
 from reports.sections.edit import edit_section
 from reports.sections.forgotten import forgotten_or_hidden
 from reports.sections.identity import checkpoints_table, identity
@@ -88,7 +90,7 @@ def page(report: Json, audience: str, digest: str, signoffs: Sequence[Json] = ()
         sections=sections,
         appendix=appendix,
         digest=digest,
-        banner=banner(report, audience),
+        banner=" ".join(text for text in (banner(report, audience), history.banner(report, audience)) if text),
     )
 
 
@@ -103,12 +105,20 @@ def _sections(report: Json, audience: str, signoffs: Sequence[Json]) -> list[Sec
         ("records", "Records", records(report)),
         ("probes", "Inside the model", probes(report, audience)),
         ("utility", "Utility", utility(report, audience)),
-        ("robustness", "Forgotten or hidden?", forgotten_or_hidden(report, audience)),
+        ("robustness", "Forgotten or hidden?", _forgotten(report, audience)),
         ("limits", "Residual risk and limits", limits(report)),
         ("reproduce", "Reproduce", reproduce(report, audience)),
         ("signoff", "Sign-off", signoff(signoffs)),
     ]
     return _numbered(parts)
+
+
+def _forgotten(report: Json, audience: str) -> Sequence[Block] | str:
+    """Section 10, and at its end what became of earlier requests where the run keeps a ledger."""
+    found, earlier = forgotten_or_hidden(report, audience), earlier_requests(report, audience)
+    if not earlier:
+        return found
+    return [*([Prose(f"not run: {found}.")] if isinstance(found, str) else found), *earlier]
 
 
 def _numbered(parts: Sequence[tuple[str, str, Sequence[Block] | str]]) -> list[Section]:

@@ -9,6 +9,7 @@ a little reduced on A4.
 from __future__ import annotations
 
 from reports.figures.bars import Row, bars, describe
+from reports.figures.chain import Link, chain
 from reports.figures.columns import columns, histogram
 from reports.figures.curves import Axis, Curve, curves
 from reports.figures.dots import dumbbells, key
@@ -20,9 +21,11 @@ __all__ = [
     "WIDTH",
     "Axis",
     "Curve",
+    "Link",
     "Mark",
     "Row",
     "bars",
+    "chain",
     "columns",
     "curves",
     "describe",

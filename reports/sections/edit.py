@@ -16,6 +16,7 @@ from reports.blocks import (
     shape_cell,
     table,
 )
+from reports.sections.active import active_blocks, groups_of
 from reports.sections.grid import grid, role_words
 from reports.sections.probe_parts import OVERLAPS, overlap_cell, part_cell
 from reports.text import Json, number, plain, sentence_case, short, short_digest, words_of
@@ -71,6 +72,7 @@ def edit_section(report: Json, audience: str) -> list[Block] | str:
     name = Cell(f"{method['name']} {method['version'] or ''}".strip(), method["paper"] or "")
     blocks: list[Block] = [Facts([("Method", name), *fact_pairs(method["parameters"])], "Method and parameters")]
     blocks += _statistics(edit["statistics"], audience) if edit else []
+    blocks += active_blocks(edit["statistics"], audience) if edit else []
     blocks += _data(method["importances"])
     blocks += [Prose(f"Warning: {text}", "open") for text in method["warnings"][:10]]
     if edit is None:
@@ -84,6 +86,8 @@ def edit_section(report: Json, audience: str) -> list[Block] | str:
 
 def _statistics(statistics: Json, audience: str) -> list[Block]:
     """Numbers about the edit; what has an entry per module becomes a table, which the regulator's edition counts."""
+    if groups_of(statistics):  # drawn and listed by themselves
+        statistics = {key: value for key, value in statistics.items() if key != "groups"}
     parts = {key: rows for key, value in statistics.items() if (rows := _rows(value))}
     pairs = fact_pairs({key: value for key, value in statistics.items() if key not in parts})
     if audience != "engineer":

@@ -30,6 +30,12 @@ ACTIONS = {
     "extraction.greedy": "repeated word for word when the model was given their beginning",
     "correct": "recognised by the model under their label",
 }
+EARLIER = {
+    "met": "What had been removed for earlier requests was looked for again and was not found to have come back.",
+    "not met": "What had been removed for an earlier request was looked for again and has come back, so this copy did "
+    "not pass.",
+    "inconclusive": "What had been removed for earlier requests was looked for again, without a clear answer.",
+}
 # Families of attacks whose hit on a record means that its text, or a close copy, came out
 BROUGHT_OUT = ("verbatim", "near_verbatim", "untargeted", "template", "compression", "regurgitation", "exfiltration")
 AGAIN = (
@@ -47,7 +53,7 @@ def subject_sections(report: Json) -> list[Section]:
     parts: list[tuple[str, str, list[Block]]] = [
         ("asked", "What was asked", _asked(report, request)),
         ("changed", "What was changed", _changed(report, request)),
-        ("tested", "What was tested", [Prose(" ".join(_results(report)))]),
+        ("tested", "What was tested", [Prose(" ".join([*_results(report), *_others(report)]))]),
         ("possible", "What remains possible", [Items("", _possible(report))]),
         ("again", "When it is checked again", [Prose(AGAIN)]),
         ("complain", "Your right to complain", [Prose(f"{complain} {COMPLAINT.get(regulation, elsewhere)}")]),
@@ -110,6 +116,22 @@ def _results(report: Json) -> list[str]:
                 f"{bound} in 100 among records of the same kind."
             )
     return sentences if len(sentences) > 1 else [*sentences, "No test gave a count that can be stated here."]
+
+
+def _others(report: Json) -> list[str]:
+    """What came of other people's requests, without saying whose; nothing where there were none."""
+    part = report.get("history") or {"earlier": [], "requests": [], "status": None}
+    sentences = []
+    if part["requests"]:
+        sentences.append(
+            f"{plural(len(part['requests']), 'request')} were carried out together, yours among them. What is said "
+            "here holds for all of them together; the organisation has the result of each."
+        )
+    if part["earlier"] and part["status"]:
+        sentences.append(EARLIER[part["status"]])
+    if any(row["missing"] for row in part["earlier"]):
+        sentences.append("For some earlier requests this could not be looked at again.")
+    return sentences
 
 
 def _either(ways: list[str]) -> str:

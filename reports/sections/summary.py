@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from reports.arms import arms, edited, known_metrics
 from reports.blocks import TONES, Block, Cards, Cell, Prose, figure_cell, table
+from reports.history import tally
 from reports.sections.forgotten import finding
 from reports.text import Json, attack_label, figure_parts, metric_label, number, plural, short, words_of
 
@@ -11,7 +12,15 @@ STATUS_WORDS = {"met": "met", "not met": "not met", "inconclusive": "not decided
 
 
 def sentence(report: Json) -> str:
-    """How many of the required criteria were met: `Of 2 required criteria: 1 met, 1 not decided.`"""
+    """How many of the required criteria were met: `Of 2 required criteria: 1 met, 1 not decided.`
+
+    In a run with earlier requests, or with several of its own, what came of those as well.
+    """
+    others = tally(report)
+    return f"{_criteria_met(report)} {others}" if others else _criteria_met(report)
+
+
+def _criteria_met(report: Json) -> str:
     criteria = report["criteria"]
     if not criteria:
         return "No criterion was decided in this run."

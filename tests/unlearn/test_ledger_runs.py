@@ -411,5 +411,7 @@ def test_each_request_of_a_batch_is_judged_on_its_own_records() -> None:
     assert [row["verdict"] for row in (first, second)] == ["criteria met", "criteria not met"]
     assert [row["criteria"][0]["observed"]["value"] for row in (first, second)] == [0.0, 1.0]
     assert first["criteria"][1] == whole[1]
+    back = {"id": "earlier requests", "status": "not met", "required": True}  # no request is served by such an edit
+    assert judge_requests(criteria, evidence, [3, 2], whole, [back])[0]["verdict"] == "criteria not met"
     with pytest.raises(UsageError, match="fewer"):
         judge_requests(criteria, evidence, [3, 4], whole)

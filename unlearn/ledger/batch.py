@@ -122,7 +122,11 @@ def _together(requests: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def judge_requests(
-    criteria: Sequence[Criterion], evidence: Evidence, sizes: Sequence[int], rows: Sequence[dict[str, Any]]
+    criteria: Sequence[Criterion],
+    evidence: Evidence,
+    sizes: Sequence[int],
+    rows: Sequence[dict[str, Any]],
+    earlier: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Judge each request of a batch on its own records.
 
@@ -135,6 +139,7 @@ def judge_requests(
             included, which count for no single request.
         sizes: records of each request.
         rows: the evaluated criteria of the whole batch, in the order of `criteria`.
+        earlier: what came of earlier requests; an edit that brings one back serves none of the new ones.
 
     Returns:
         For each request: `verdict`, and `criteria` as rows of `compare/criteria.json`.
@@ -152,7 +157,7 @@ def judge_requests(
             whole if criterion.set != "records" or criterion.metric == RESIDUAL else judging.evaluate(criterion, mine)
             for criterion, whole in zip(criteria, rows, strict=True)
         ]
-        out.append({"verdict": judging.verdict(judged), "criteria": judged})
+        out.append({"verdict": judging.verdict([*judged, *earlier]), "criteria": judged})
     return out
 
 

@@ -424,7 +424,7 @@ class Custody:
             "parent": parent,
             "checkpoint": delta["tensor_digest"],
             "edit": "sha256:" + file_sha256(run.file("edit/delta.json")),
-            "adapter": _adapter(run.file("edit")),
+            "adapter": _adapter(run.file("private/adapter")),
             "method": method["name"],
             "parameters": digest(method["parameters"]),
             "criteria": (run.last_event("criteria.sealed") or {}).get("digest"),
@@ -465,14 +465,8 @@ class Custody:
 
 
 def _adapter(folder: Path) -> str | None:
-    """Digest over what an editor left beside the copy and its own JSON notes: an adapter, where it made one."""
-    files = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-        and file.relative_to(folder).parts[0] != "checkpoint"
-        and not (file.parent == folder and file.suffix == ".json")
-    ]
+    """Digest over the adapter that an editor left, where it made one."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     return digest([[file.relative_to(folder).as_posix(), file_sha256(file)] for file in files]) if files else None
 
 

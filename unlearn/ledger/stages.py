@@ -72,7 +72,10 @@ def freeze(run: RunFolder) -> None:
                 f"expected entry {planned['n']} in the ledger as the run was planned with it, found another; restore "
                 "the ledger from a copy"
             )
-        rows.append(planned | {"pseudonyms": entry.data["pseudonyms"]})
+        rows.append(
+            planned
+            | {"pseudonyms": entry.data["pseudonyms"], "method": entry.data["method"], "finished": entry.time}
+        )
         for name in TABLES if not planned["missing"] else ():
             table = ledger.folder / planned["run"] / "after" / f"{name}.parquet"
             if table.is_file():
@@ -105,7 +108,7 @@ def ask_again(
         asked.document = _earlier(run, criteria, evidence, found["earlier"])
     if len(found["requests"]) > 1:
         sizes = [request["records"] for request in found["requests"]]
-        judged = judge_requests(criteria, evidence, sizes, rows)
+        judged = judge_requests(criteria, evidence, sizes, rows, asked.rows)
         run.write_json(
             "compare/requests.json",
             [request | own for request, own in zip(found["requests"], judged, strict=True)],
