@@ -170,6 +170,8 @@ def test_the_head_of_a_chain(store: Store) -> None:
     assert store.head("root") == "D"
     assert store.head("A") == "D"
     assert store.head("elsewhere") == "elsewhere"
+    store.run("fifth", "D", "E", inference_time=True)  # no weights of its own: nothing can start from it
+    assert store.head("root", "any") == "D"
 
 
 def test_of_equal_results_the_newest_is_the_head(store: Store) -> None:

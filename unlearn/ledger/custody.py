@@ -426,6 +426,7 @@ class Custody:
             "edit": "sha256:" + file_sha256(run.file("edit/delta.json")),
             "adapter": _adapter(run.file("private/adapter")),
             "method": method["name"],
+            "inference_time": method["inference_time"],
             "parameters": digest(method["parameters"]),
             "criteria": (run.last_event("criteria.sealed") or {}).get("digest"),
             "requests": self._verdicts(judged["verdict"]),

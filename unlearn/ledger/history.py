@@ -253,6 +253,7 @@ def head(entries: Sequence[Entry], root: str, advance: Advance = "inconclusive")
 
     Among the results of `root` that can be reached over runs whose verdict lets a chain advance, the one that most
     requests lead to, and of equals the newest: a request that was carried out beside the chain does not cut it off.
+    A copy that acts at inference time has no weights of its own, and no request starts from it.
 
     Args:
         entries: of the ledger.
@@ -261,7 +262,8 @@ def head(entries: Sequence[Entry], root: str, advance: Advance = "inconclusive")
     """
     edges: dict[str, list[Entry]] = {}
     for entry in finished(entries):
-        if entry.data["verdict"] in ADVANCING[advance] and entry.data["parent"] != entry.data["checkpoint"]:
+        accepted = entry.data["verdict"] in ADVANCING[advance] and entry.data["parent"] != entry.data["checkpoint"]
+        if accepted and not entry.data.get("inference_time"):
             edges.setdefault(entry.data["parent"], []).append(entry)
     best = Head(root, None)
     most = (0, 0)
