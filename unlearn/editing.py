@@ -153,6 +153,8 @@ def write_copy(workspace: Workspace) -> None:
             retain=sets.get("retain", []),
             seed=job.options.seed,
             work=work,
+            earlier=sets.get("earlier", []),
+            earlier_edits=sorted(run.file("private/earlier").glob("*-adapter"), key=_number),
             texts=texts_of_records(workspace),
             cache_parts={
                 "tensors": loaded.tensor_digest,
@@ -227,6 +229,10 @@ def write_copy(workspace: Workspace) -> None:
             "left_out": result.deltas.left_out,
         },
     )
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("-")[0])
 
 
 def _places(workspace: Workspace, model_map: ModelMap) -> dict[str, tuple[int | None, str | None]]:

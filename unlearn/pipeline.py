@@ -115,7 +115,7 @@ class Pipeline(Workspace):
             expect_weights(checkpoint)
             editor_of(job)  # its parameters are checked before anything is measured
         self.freeze()
-        stages.freeze(run)
+        stages.freeze(run, adapters=bool(job.method and job.method["parameters"].get("earlier_edit_weight")))
         run.event("criteria.sealed", digest=criteria_digest(criteria), policy=job.policy)
         run.write_json(
             "inputs/policy.json", {"policy": job.policy, "criteria": [c.model_dump(mode="json") for c in criteria]}

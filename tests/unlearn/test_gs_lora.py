@@ -23,6 +23,7 @@ from probes.modelmap import ModelMap
 from probes.records import ImageRecord, TokenRecord
 from tests.conftest import World
 from tests.tiny import IMAGE, causal_lm, image_classifier, save, seeded, tokenizer, train
+from tests.unlearn.ledger_world import Requests
 from unlearn import forget
 from unlearn.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from unlearn.editors import gs_lora, gs_lora_training, lossbatches
@@ -32,6 +33,7 @@ from unlearn.editors.gs_lora import GSLoRAEditor, GSLoRAParameters
 from unlearn.editors.gs_lora_training import Side, Trainer
 from unlearn.editors.linearmaps import mean_loss
 from unlearn.editors.lossbatches import ImageBatches, TextBatches
+from unlearn.editors.protect import Replay
 from unlearn.editors.prototypes import Embeddings, distance
 from unlearn.requests.presets import load_method
 from unlearn.runs.verify import passed, verify
@@ -534,6 +536,115 @@ def test_classes_forgotten_in_sequence_stay_forgotten(seed: int, extra: dict[str
         assert min(result.statistics["forget_loss"][-5:]) > 0.8 * 2 * math.log(6)
 
 
+# ------------------------------------------------------------------------------------------- what was forgotten earlier
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "vit"])
+def test_replay_equals_autograd_of_the_formula(arch: str, parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if parts:  # record by record
+        monkeypatch.setattr(lossbatches, "default_batch_tokens", lambda device: 1)
+        monkeypatch.setattr(lossbatches, "IMAGES", 1)
+    build = image_classifier if arch == "vit" else causal_lm
+    model: nn.Module = build(arch, dtype=torch.float64)  # type: ignore[operator]
+    records: Any = pictures(4, 1, 1) if arch == "vit" else texts(4, 1)
+    batches = ImageBatches(model, records) if arch == "vit" else TextBatches(ModelMap.of(model), records, {})
+    rows = [3, 0, 2]
+    losses = [plain_losses(model, records[j])[0] for j in rows]
+    lowest, middle, _ = sorted(float(loss.detach()) for loss in losses)
+    bound, seen = (lowest + middle) / 2, list[int]()  # one is below it
+    replay = Replay(batches, [[0, 1], rows, rows], bound=bound, weight=0.7, ran=seen.append)
+    expected = 0.7 * functional.relu(bound - torch.stack(losses)).mean()
+    parameters = [p for name, p in model.named_parameters() if "mlp" in name or "intermediate" in name]
+    gradients = torch.autograd.grad(expected, parameters)
+    assert replay.step(1) == pytest.approx(float(expected.detach()), rel=1e-9)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-7, atol=1e-12)
+    assert replay.pushed == 1
+    assert replay.means == [pytest.approx(sum(float(loss.detach()) for loss in losses) / 3)]
+    assert [replay.latest[j] for j in rows] == pytest.approx([float(loss.detach()) for loss in losses])
+    assert math.isnan(replay.latest[1])
+    every = [float(plain_losses(model, record)[0].detach()) for record in records]
+    assert replay.losses() == pytest.approx(every)
+    assert sum(seen) == 3 + 4
+
+    model.zero_grad()
+    past = Replay(batches, [rows], bound=lowest, weight=0.7, ran=seen.append)  # a loss at the bound has reached it
+    assert past.step(0) == 0.0
+    assert past.pushed == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_earlier_records_leave_no_trace_while_they_are_past_the_bound(llama: Checkpoint, tmp_path: Path) -> None:
+    """The untrained model gives every record about ln(96) = 4.6 nats."""
+    mine, kept, earlier = texts(3, 1), texts(4, 2), texts(5, 9)
+
+    def digest(name: str, bound: float, weight: float = 1.0, records: Sequence[Any] = earlier) -> Any:
+        options = SMALL | {"bound": bound, "earlier_weight": weight}
+        return run(llama, tmp_path / name, options, mine, kept, earlier=records)
+
+    for bound in (3.0, 9.0):
+        none = digest(f"none{bound}", bound, records=())
+        assert "earlier" not in none.statistics
+        off = digest(f"off{bound}", bound, weight=0.0)
+        assert off.deltas.tensor_digest == none.deltas.tensor_digest
+        assert off.statistics == none.statistics
+        on = digest(f"on{bound}", bound)
+        assert (on.deltas.tensor_digest == none.deltas.tensor_digest) is (bound == 3.0)
+        assert on.statistics["earlier"]["pushed"] == (0 if bound == 3.0 else 4 * 5)
+        assert len(on.statistics["earlier"]["loss"]) == 4
+        said = [warning for warning in on.warnings if "forgotten earlier" in warning]
+        assert said == ([] if bound == 3.0 else [
+            "5 of 5 records forgotten earlier are below the bound of 9.00 nats in the copy; before this edit 5 were"
+        ])  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9}, {"sparsity": 100.0}])
+def test_what_is_said_of_earlier_records_holds_for_the_copy(
+    extra: dict[str, Any], llama: Checkpoint, tmp_path: Path
+) -> None:
+    earlier, options = texts(5, 9), SMALL | {"learning_rate": 1e-2, "bound": 4.7, "bound_tolerance": 0.0}
+    result = run(llama, tmp_path / "out", options | extra, texts(3, 1), texts(4, 2), earlier=earlier)
+    found = result.statistics["earlier"]
+    for checkpoint, when in ((llama, "before"), (open_checkpoint(tmp_path / "out"), "after")):
+        model = checkpoint.load_model()
+        with torch.no_grad():
+            losses = [float(plain_losses(model, record)[0]) for record in earlier]
+        assert found[f"loss_{when}"] == pytest.approx(sum(losses) / 5, abs=1e-5)
+        assert found[f"below_bound_{when}"] == sum(loss < 4.7 for loss in losses)
+    assert found["records"] == 5
+    assert (found["loss_before"] == found["loss_after"]) is ("sparsity" in extra)
+    json.dumps(result.statistics, allow_nan=False)
+
+
+def test_a_class_forgotten_earlier_comes_back_without_replay_and_not_with_it(tmp_path: Path) -> None:
+    """Label 0 has two kinds of images; the second request keeps the kind that the first did not ask for."""
+    kinds = {r.record_id: r.label for s in (1, 2) for r in pictures(6, 20, s)}
+
+    def of(which: int, *wanted: int) -> list[ImageRecord]:
+        rows = [r for r in pictures(6, 20, which) if kinds[r.record_id] in wanted]
+        return [ImageRecord(r.record_id, r.pixels, r.label % 5) for r in rows]
+
+    known = of(1, *range(6))
+    model = image_classifier("vit", classes=5, num_hidden_layers=2)
+    loss, order = training.mean_loss(model, known), list(training.batches(len(known), 32, 60, 0))
+    with training.full(model, keep=True) as parameters:
+        training.fit(parameters, lambda i: loss(order[i]), steps=60, learning_rate=3e-3)
+    first = open_checkpoint(save(model, None, tmp_path / "source"))
+    run(first, tmp_path / "1", {}, of(1, 0), of(1, 1, 2, 3, 4))
+    second = open_checkpoint(tmp_path / "1")
+    assert accuracy(second, of(2, 0)) == 0.0
+    for weight, back in ((0.0, 1.0), (1.0, 0.0)):
+        out = tmp_path / f"2-{weight}"
+        result = run(second, out, {"earlier_weight": weight}, of(1, 1), of(1, 2, 3, 4, 5), earlier=of(1, 0))
+        third = open_checkpoint(out)
+        assert accuracy(third, of(2, 0)) == accuracy(third, of(1, 0)) == back
+        assert accuracy(third, of(2, 1)) == 0.0
+        assert accuracy(third, of(2, 2, 3, 4)) > 0.95
+    assert result.statistics["earlier"]["pushed"] > 0
+    assert result.statistics["earlier"]["below_bound_after"] == 0
+
+
 def test_the_harmonic_mean_of_the_papers() -> None:
     assert harmonic(0.8, 0.4) == pytest.approx(2 / (1 / 0.8 + 1 / 0.4))
     assert harmonic(0.7, 0.7) == pytest.approx(0.7)
@@ -563,9 +674,18 @@ def test_it_stops_only_when_every_record_and_the_retain_loss_are_there() -> None
     class Fixed:
         lengths = (1, 1)
 
-    def settled(latest: list[float], kept: list[float], support: list[bool], done: int) -> bool:
+    def settled(
+        latest: list[float],
+        kept: list[float],
+        support: list[bool],
+        done: int,
+        earlier: tuple[float, float] | None = None,
+    ) -> bool:
         side = Side(Fixed(), [[0]] * 9)  # type: ignore[arg-type]
         trainer = Trainer(p, nn.Module(), [], side, side, 2.0, 9, lambda n: None, dict)
+        if earlier is not None:
+            trainer.replay = Replay(side.batches, side.rows, bound=2.0, weight=1.0, ran=lambda n: None)
+            trainer.replay.latest = list(earlier)
         trainer.latest, trainer.before = latest, {0: 1.0}
         trainer.curve.retain_loss = kept
         trainer._support = [(s,) for s in support]
@@ -580,6 +700,9 @@ def test_it_stops_only_when_every_record_and_the_retain_loss_are_there() -> None
     assert not settled(**fine(kept=[9.0, 1.1, 1.2]))
     assert not settled(**fine(support=[True, False, True]))
     assert not settled(**fine(done=3))  # the penalty began after two steps
+    assert settled(**fine(earlier=(1.8, 9.0)))
+    assert not settled(**fine(earlier=(1.79, 9.0)))  # one that was forgotten earlier has come back
+    assert not settled(**fine(earlier=(9.0, math.nan)))  # or may have
     p = p.model_copy(update={"stop_early": False})
     assert not settled(**fine())
 
@@ -615,10 +738,10 @@ def test_the_model_is_left_as_it_was(
     if fails:
         monkeypatch.setattr(Trainer, "step", broken)
         with pytest.raises(RuntimeError, match="middle"):
-            run(llama, tmp_path / "out", options, texts(4, 1), texts(4, 2), model=model)
+            run(llama, tmp_path / "out", options, texts(4, 1), texts(4, 2), model=model, earlier=texts(2, 9))
         assert not (tmp_path / "out").exists()
     else:
-        run(llama, tmp_path / "out", options, texts(4, 1), texts(4, 2), model=model)
+        run(llama, tmp_path / "out", options, texts(4, 1), texts(4, 2), model=model, earlier=texts(2, 9))
     assert state_of(model) == before
     assert all(torch.equal(values[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(random, torch.get_rng_state())
@@ -631,7 +754,7 @@ def test_same_inputs_same_bytes(llama: Checkpoint, tmp_path: Path) -> None:
     results, folders = [], []
     for i, seed in enumerate((0, 0, 1)):
         torch.manual_seed(i)  # the global generator plays no part
-        results.append(run(llama, tmp_path / str(i), SMALL, texts(5, 1), texts(6, 2), seed=seed))
+        results.append(run(llama, tmp_path / str(i), SMALL, texts(5, 1), texts(6, 2), seed=seed, earlier=texts(20, 9)))
         folders.append([path.read_bytes() for path in sorted((tmp_path / f"{i}-work" / "adapter").iterdir())])
     assert results[0].deltas.tensor_digest == results[1].deltas.tensor_digest != results[2].deltas.tensor_digest
     assert results[0].statistics == results[1].statistics
@@ -661,11 +784,20 @@ def test_bfloat16_checkpoint(tmp_path: Path) -> None:
     assert all("down_proj" in name for name in changed(checkpoint, tmp_path / "out"))
 
 
+@pytest.mark.parametrize("n_earlier", [0, 5])
 @pytest.mark.parametrize(
     "parameters",
-    [{}, {"stop_early": True}, {"prototype_forget_weight": 0.1, "steps": 7}, {"steps": 1, "stop_early": True}],
+    [
+        {},
+        {"stop_early": True},
+        {"prototype_forget_weight": 0.1, "steps": 7, "earlier_batch_size": 2},
+        {"steps": 1, "stop_early": True},
+        {"earlier_weight": 0.0},
+    ],
 )
-def test_passes_are_those_that_are_run(parameters: dict[str, Any], llama: Checkpoint, tmp_path: Path) -> None:
+def test_passes_are_those_that_are_run(
+    parameters: dict[str, Any], n_earlier: int, llama: Checkpoint, tmp_path: Path
+) -> None:
     model, rows, seen = llama.load_model(), [0, 0], list[tuple[int, int]]()
 
     def count(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -675,8 +807,9 @@ def test_passes_are_those_that_are_run(parameters: dict[str, Any], llama: Checkp
 
     model.get_submodule("model").register_forward_pre_hook(count, with_kwargs=True)
     options = SMALL | parameters
-    run(llama, tmp_path / "out", options, texts(5, 1), texts(6, 2), model=model, progress=lambda *at: seen.append(at))
-    planned = make_editor("gs_lora", options).passes(5, 6)
+    context = {"earlier": texts(n_earlier, 9), "progress": lambda *at: seen.append(at)}
+    run(llama, tmp_path / "out", options, texts(5, 1), texts(6, 2), model=model, **context)
+    planned = GSLoRAEditor(options).passes(5, 6, n_earlier)
     assert rows == [planned["forward"], planned["forward_backward"]]
     assert seen[-1] == (sum(rows), sum(rows))
 
@@ -684,12 +817,12 @@ def test_passes_are_those_that_are_run(parameters: dict[str, Any], llama: Checkp
 def test_parameters_report_every_mistake_without_values() -> None:
     wrong = {"groups": "secret", "rank": 0, "bound": -1, "bounded_over": "secret", "sparsity": -0.1, "ema_decay": 1.0,
              "penalty": "secret", "epochs": 1.5, "bound_tolerance": 1.0, "drop_after": 0, "prototype_bound": "secret",
-             "patience": 0, "how": "full"}  # fmt: skip
+             "patience": 0, "how": "full", "earlier_weight": -1.0, "earlier_batch_size": 0}  # fmt: skip
     with pytest.raises(UsageError) as caught:
         make_editor("gs_lora", wrong)
     text = str(caught.value)
     assert "secret" not in text
-    assert "13 mistakes" in text
+    assert "15 mistakes" in text
     for parameters in ({"include": ["*"], "blocks": [1]}, {"bound": math.inf}, {"learning_rate": -1.0}):
         with pytest.raises(UsageError):
             make_editor("gs_lora", parameters)
@@ -761,6 +894,7 @@ def test_the_presets_and_the_page() -> None:
     published = GSLoRAParameters(**official)
     assert (published.penalty, published.bounded_over, published.adapter_scale) == ("published", "batch", 0.125)
     assert not published.plus
+    assert not published.earlier_weight
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
@@ -784,3 +918,23 @@ def test_forget_end_to_end(world: World, tmp_path: Path) -> None:
         "adapter_config.json", "adapter_model.safetensors"
     }  # fmt: skip
     assert not (result.path / "edit/adapter").exists()
+
+
+def test_what_the_ledger_knows_is_replayed(tmp_path: Path) -> None:
+    world = Requests.make(tmp_path / "world")
+    found = []
+    for name in ("a", "b"):
+        request = world.request(name, "e1")
+        text = request.read_text()
+        edit = text[text.index("method:") : text.index("suite:")]
+        request.write_text(
+            text.replace(edit, "method: {name: gs_lora, overrides: {steps: 3, earlier_edit_weight: 1.0}}\n")
+        )
+        result = forget(request, ledger=tmp_path / "store", chain=True)
+        assert passed(verify(result.path))
+        found.append(json.loads((result.path / "edit/delta.json").read_text())["statistics"])
+    assert "earlier" not in found[0]
+    assert found[1]["earlier"]["records"] == 2
+    assert len(found[1]["earlier"]["loss"]) == 3
+    assert "earlier_edits" not in found[0]
+    assert found[1]["earlier_edits"]["edits"] == 1

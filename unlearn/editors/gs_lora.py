@@ -6,22 +6,26 @@ records to keep
 
     forget_weight mean_i max(0, bound - L_i) + mean_j L_j
         [++]   + prototype_forget_weight mean_i max(0, b_i - D_i) + prototype_retain_weight mean_j D_j
+        [earlier requests]   + earlier_weight mean_k max(0, bound - L_k) + earlier_edit_weight (what they changed most)
 
 and then takes a proximal step of the group lasso over blocks (`unlearn.editors.groupsparse`), after which some groups
 are exactly zero. D is the distance from the prototype of the record's class or person under the checkpoint as loaded
-(`unlearn.editors.prototypes`). In the end the adapters are merged into the weights: the copy is a checkpoint like any
-other, and the tensors of blocks whose group is zero keep their bytes. (arXiv 2403.11530; ++ 2501.09705)
+(`unlearn.editors.prototypes`). The records k are those that earlier requests forgot on the way to this checkpoint: they
+are to stay forgotten (`unlearn.editors.protect`; for the last term, `unlearn.editors.regions`). In the end the adapters
+are merged into the weights: the copy is a checkpoint like any other, and the tensors of blocks whose group is zero keep
+their bytes. (arXiv 2403.11530; ++ 2501.09705)
 
 The bounds. A label whose probability is below 1 / classes is never the prediction, that is a loss above ln(classes);
 `bound: auto` is twice that, so that unseen images of the class follow. Fluent text that a model has not seen costs it
 about a quarter to a third of ln(vocabulary) a token; auto is a third. `prototype_bound: auto` is, for each class, the
 mean distance of its prototype from those of the retain set: as far from itself as others are.
 
-The end. Training ends early when, at some step, every record to forget has reached the bound (up to `bound_tolerance`
-of it) where it was last seen, and over the last `patience` steps the penalty was on, no group went to zero or came
-back, and the retain records had on average no more than `retain_tolerance` nats above what the same records had before.
-These are losses of the training batches. Both kinds of records are scored afterwards, and each is what its part of the
-objective is about; the control set and the reference decide nothing, and no record is held out.
+The end. Training ends early when, at some step, every record to forget, and every one forgotten earlier, has reached
+the bound (up to `bound_tolerance` of it) where it was last seen, and over the last `patience` steps the penalty was on,
+no group went to zero or came back, and the retain records had on average no more than `retain_tolerance` nats above
+what the same records had before. These are losses of the training batches. All these records are scored afterwards, and
+each is what its part of the objective is about; the control set and the reference decide nothing, and no record is held
+out.
 
 A group that has been zero for `drop_after` steps is taken out of the model for good: passes no longer compute it, and
 backward passes end at the lowest block that is left.
@@ -53,8 +57,11 @@ from unlearn.editors.adapterfolder import write_adapter
 from unlearn.editors.base import EditContext, EditResult, Record
 from unlearn.editors.groupsparse import Group, Grouping, groups_of, product_norm
 from unlearn.editors.gs_lora_training import Adapted, Side, Trainer
-from unlearn.editors.lossbatches import ImageBatches, TextBatches, n_visited
+from unlearn.editors.linearmaps import swapped
+from unlearn.editors.lossbatches import Batches, ImageBatches, TextBatches, n_visited
+from unlearn.editors.protect import Replay, n_below
 from unlearn.editors.prototypes import Embeddings
+from unlearn.editors.regions import Regions, held_entries
 from unlearn.editors.selection import MapParameters, number_or_auto
 from unlearn.editors.trainable import Added, Count, Number, Positive, Size, TrainingParameters, expect_stored, selected
 from unlearn.mistakes import Mistakes
@@ -91,6 +98,9 @@ class GSLoRAParameters(MapParameters):
         prototype_forget_weight: factor of the forget loss on prototypes; above 0 this is GS-LoRA++.
         prototype_retain_weight: factor of the retain loss on prototypes.
         prototype_bound: nats; "auto" as in the module's docstring.
+        earlier_weight: factor of the bounded loss of the records that earlier requests forgot; 0 leaves them out.
+        earlier_edit_weight: factor of the penalty on changing again what earlier edits changed most; 0 for none.
+        earlier_edit_share: of the entries of each matrix, those that are held so.
         ema_decay: of a moving average of the merged weights, which the copy then gets; None for the last step's.
         ema_warm_up: passes over the records to forget before it begins.
         learning_rate: AdamW's peak rate; 0 changes nothing.
@@ -101,6 +111,7 @@ class GSLoRAParameters(MapParameters):
         steps: at most this many steps instead.
         batch_size: records to forget a step.
         retain_batch_size: retain records a step.
+        earlier_batch_size: records forgotten earlier a step.
         stop_early: whether training may end before the last step.
         bound_tolerance: share of the bound that may be missing then.
         retain_tolerance: nats that the retain loss may then be above where it began.
@@ -120,6 +131,9 @@ class GSLoRAParameters(MapParameters):
     prototype_forget_weight: Number = 0.0
     prototype_retain_weight: Number = 0.0
     prototype_bound: Annotated[float | Literal["auto"], _FromZero] = "auto"
+    earlier_weight: Number = 1.0
+    earlier_edit_weight: Number = 0.0
+    earlier_edit_share: Share = 0.02
     ema_decay: Share | None = None
     ema_warm_up: Count = 0
     learning_rate: Number = 1e-3
@@ -130,6 +144,7 @@ class GSLoRAParameters(MapParameters):
     steps: Count | None = None
     batch_size: Size = 16
     retain_batch_size: Size = 16
+    earlier_batch_size: Size = 16
     stop_early: bool = True
     bound_tolerance: Tolerance = 0.1
     retain_tolerance: Number = 0.02
@@ -197,13 +212,16 @@ class GSLoRAEditor:
                 "the roles of the attention"
             ) from None
 
-    def passes(self, n_forget: int, n_retain: int) -> dict[str, int]:
-        """Passes over records at most: those before training, and those of all steps planned."""
+    def passes(self, n_forget: int, n_retain: int, n_earlier: int = 0) -> dict[str, int]:
+        """Passes over records at most: those before and after training, and those of all steps planned."""
         p = self.parameters
         steps = p.planned(n_forget)
         seen, kept = n_visited(n_forget, p.batch_size, steps), n_visited(n_retain, p.retain_batch_size, steps)
         forward = min(n_forget, seen) if p.plus else 0
         forward += min(n_retain, kept) if p.plus or p.stop_early else 0
+        if steps and p.earlier_weight and n_earlier:  # before and after training, and in each step
+            forward += 2 * n_earlier
+            seen += n_visited(n_earlier, p.earlier_batch_size, steps)
         return {"forward": forward, "forward_backward": seen + kept}
 
     def bound(self, model_map: ModelMap) -> float:
@@ -259,21 +277,31 @@ class GSLoRAEditor:
     ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
         """The changes that are not zero in float64 on the CPU, statistics and warnings; the model is as before."""
         p, model_map = self.parameters, context.model_map
-        planned, ran = sum(self.passes(len(context.forget), len(context.retain)).values()), 0
+        planned, ran = sum(self.passes(*map(len, (context.forget, context.retain, context.earlier))).values()), 0
 
         def progress(records: int) -> None:
             nonlocal ran
             ran += records
             context.progress(ran, planned)
 
+        def batched(records: Sequence[Record]) -> Batches:
+            if isinstance(records[0], TokenRecord):
+                return TextBatches(model_map, cast("Sequence[TokenRecord]", records), {})
+            return ImageBatches(context.model, cast("Sequence[ImageRecord]", records))
+
         def side(records: Sequence[Record], size: int, seed: int) -> Side:
             rows = list(training.batches(len(records), size, steps, seed))
             embeddings = Embeddings(model_map, records) if p.plus else None  # type: ignore[arg-type]
-            if isinstance(records[0], TokenRecord):
-                return Side(TextBatches(model_map, cast("Sequence[TokenRecord]", records), {}), rows, embeddings)
-            return Side(ImageBatches(context.model, cast("Sequence[ImageRecord]", records)), rows, embeddings)
+            return Side(batched(records), rows, embeddings)
 
+        replay = None
+        if context.earlier and p.earlier_weight:
+            rows = list(training.batches(len(context.earlier), p.earlier_batch_size, steps, context.seed + 2))
+            replay = Replay(batched(context.earlier), rows, bound=bound, weight=p.earlier_weight, ran=progress)
+        held = held_entries(context.model, context.earlier_edits, p.earlier_edit_share) if p.earlier_edit_weight else {}
         with _adapters(context, groups, p) as adapted:
+            pairs = {path: pair for a in adapted for path, pair in a.pairs.items()}
+            regions = Regions(held, pairs, scale=p.adapter_scale, weight=p.earlier_edit_weight) if held else None
 
             def merged() -> dict[str, Tensor]:
                 alive = [q.parameter for a in adapted if not a.dropped for q in a.group.projections]
@@ -290,8 +318,11 @@ class GSLoRAEditor:
                 steps=steps,
                 progress=progress,
                 merged=merged,
+                replay=replay,
+                regions=regions,
             )
             trainer.prepare()
+            before = replay.losses() if replay is not None else []
             training.fit(
                 [half for a in adapted for half in a.tensors],
                 trainer.step,
@@ -308,17 +339,27 @@ class GSLoRAEditor:
             values = averaged or merged()
             changes = {name: value.to("cpu", torch.float64) for name, value in values.items() if name in kept}
             statistics = _statistics(trainer)
+            if regions is not None:
+                statistics["earlier_edits"] = {
+                    "edits": len(context.earlier_edits),
+                    "elements": sum(map(len, regions.held.values())),
+                    "penalty": regions.values,
+                }
             if active and not averaged:
-                pairs = {path: pair for a in active for path, pair in a.pairs.items()}
-                first = context.model.get_submodule(next(iter(pairs)))
+                left = {path: pair for a in active for path, pair in a.pairs.items()}
+                first = context.model.get_submodule(next(iter(left)))
                 statistics["adapter"] = write_adapter(
                     context.work / "adapter",
-                    pairs,
+                    left,
                     scale=p.adapter_scale,
                     transposed=isinstance(cast(Any, first).get_base_layer(), Conv1D),
                     language=model_map.task == "causal_lm",
                 )
-        return changes, statistics, _warnings(trainer, steps)
+        warnings = _warnings(trainer, steps)
+        if replay is not None:
+            statistics["earlier"], more = _protected(context.model, replay, before, changes, bound, p.bound_tolerance)
+            warnings += more
+        return changes, statistics, warnings
 
 
 def _inside(model_map: ModelMap) -> Iterator[Any]:
@@ -385,6 +426,40 @@ def _statistics(trainer: Trainer) -> dict[str, Any]:
     if trainer.p.stop_early:
         found["retain_rise"] = trainer.retain_rise(trainer.p.patience)
     return found
+
+
+def _protected(
+    model: nn.Module,
+    replay: Replay,
+    before: Sequence[float],
+    changes: dict[str, Tensor],
+    bound: float,
+    tolerance: float,
+) -> tuple[dict[str, Any], list[str]]:
+    """What became of the records forgotten earlier: counts and means, and a warning where some lie below the bound.
+
+    They are measured in the copy's weights, which with `ema_decay` are not those of the last step.
+    """
+    weights = {name: weight for name, weight in model.named_parameters() if name in changes}
+    copied = {n: (w.detach() + changes[n].to(w.device)).to(w.dtype) for n, w in weights.items()}
+    with swapped(model, copied):
+        after = replay.losses()
+    low = [n_below(losses, bound, tolerance) for losses in (before, after)]
+    found = {
+        "records": len(before),
+        "loss_before": sum(before) / len(before),
+        "loss_after": sum(after) / len(after),
+        "below_bound_before": low[0],
+        "below_bound_after": low[1],
+        "pushed": replay.pushed,
+        "loss": replay.means,
+    }
+    if not low[1]:
+        return found, []
+    return found, [
+        f"{low[1]} of {len(after)} records forgotten earlier are below the bound of {bound:.2f} nats in the copy; "
+        f"before this edit {low[0]} were"
+    ]
 
 
 def _warnings(trainer: Trainer, steps: int) -> list[str]:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from probes import training
 from unlearn.editors.groupsparse import Group, MovingAverage, bounded, bounded_mean, shrink, structure_loss
 from unlearn.editors.lossbatches import Batches, visited
+from unlearn.editors.protect import Replay, n_below
 from unlearn.editors.prototypes import Embeddings, distance, mean_distances, prototypes
+from unlearn.editors.regions import Regions
 
 if TYPE_CHECKING:
     from unlearn.editors.gs_lora import GSLoRAParameters
@@ -115,8 +117,11 @@ class Trainer:
         steps: at most.
         progress: called with the number of records that were run.
         merged: what the adapters in place add to the weights.
+        replay: the records forgotten earlier, or None.
+        regions: the entries that earlier edits changed, or None.
         curve: filled while training.
         latest: loss of each record to forget where it was last seen; NaN before.
+        before: loss of each retain record before training, by row, where `stop_early` asks for it.
         average: of the merged changes, or None.
     """
 
@@ -129,6 +134,8 @@ class Trainer:
     steps: int
     progress: Callable[[int], None]
     merged: Callable[[], dict[str, Tensor]]
+    replay: Replay | None = None
+    regions: Regions | None = None
     curve: Curve = field(default_factory=Curve)
     latest: list[float] = field(default_factory=list)
     before: dict[int, float] = field(default_factory=dict)
@@ -186,6 +193,10 @@ class Trainer:
         """Leave the gradients of step i."""
         p = self.p
         objective = self._forget(self.forget.rows[i]) + self._keep(self.retain.rows[i])
+        if self.replay is not None:
+            objective += self.replay.step(i)
+        if self.regions is not None:
+            objective += self.regions.step()
         self.curve.objective.append(objective)
         if p.penalty == "published" and p.sparsity and i >= self.penalty_from:
             penalty = p.sparsity * structure_loss([adapted.tensors for adapted in self.groups])
@@ -285,11 +296,13 @@ class Trainer:
         p = self.p
         if not p.stop_early or done < self.penalty_from + p.patience or len(set(self._support[-p.patience :])) > 1:
             return False
+        if self.replay is not None and n_below(self.replay.latest, self.bound, p.bound_tolerance):
+            return False
         return not self.short() and self.retain_rise(p.patience) <= p.retain_tolerance
 
     def short(self) -> int:
         """Records to forget that had not reached the bound where they were last seen."""
-        return sum(not loss >= (1 - self.p.bound_tolerance) * self.bound for loss in self.latest)
+        return n_below(self.latest, self.bound, self.p.bound_tolerance)
 
     def retain_rise(self, n: int) -> float:
         """Mean retain loss of the last n steps minus that of the same records before training, nats."""

@@ -53,8 +53,12 @@ def roles(job: Job) -> tuple[str, ...]:
     return (*ROLES, history.ROLE) if history.ROLE in job.sources else ROLES
 
 
-def freeze(run: RunFolder) -> None:
+def freeze(run: RunFolder, *, adapters: bool = False) -> None:
     """Write `inputs/history.json`: what was forgotten on the way to the checkpoint, under pseudonyms.
+
+    Args:
+        run: in its `inputs` stage.
+        adapters: keep the adapters of earlier edits too (`private/earlier/N-adapter`), for an editor that reads them.
 
     Raises:
         IntegrityError: if the ledger was altered, or no longer has the entries that the run was planned with.
@@ -73,13 +77,15 @@ def freeze(run: RunFolder) -> None:
                 "the ledger from a copy"
             )
         rows.append(
-            planned
-            | {"pseudonyms": entry.data["pseudonyms"], "method": entry.data["method"], "finished": entry.time}
+            planned | {"pseudonyms": entry.data["pseudonyms"], "method": entry.data["method"], "finished": entry.time}
         )
         for name in TABLES if not planned["missing"] else ():
             table = ledger.folder / planned["run"] / "after" / f"{name}.parquet"
             if table.is_file():
                 run.write_bytes(f"private/earlier/{planned['n']}-{name}.parquet", table.read_bytes())
+        adapter = ledger.folder / planned["run"] / "private/adapter"
+        for file in sorted(adapter.glob("*")) if adapters and not planned["missing"] else ():
+            run.write_bytes(f"private/earlier/{planned['n']}-adapter/{file.name}", file.read_bytes())
     requests = [
         {"records": request["records"], "subject_request_id": request["subject_request_id"]}
         for request in kept["requests"]
