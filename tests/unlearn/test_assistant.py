@@ -635,6 +635,18 @@ def test_networks_in_stages_and_stacked_experts() -> None:
     assert block_list(ModelMap.of(experts)) == "model.layers"
 
 
+def test_an_assistant_that_knows_nothing_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking away what knows nothing takes nothing away; told from the training's own losses."""
+    model = causal_lm("llama")
+    short = train_assistant(context(model, texts(2, 1), texts(2, 2)), parameters(steps=1))
+    assert any("does not know the records: its loss on them ended at" in line for line in short.warnings)
+    loss = short.statistics["forget_loss"][-1]
+    for known, said in ((loss - 0.01, True), (loss + 0.01, False)):
+        monkeypatch.setattr("unlearn.editors.assistant.KNOWN", known)
+        again = train_assistant(context(model, texts(2, 1), texts(2, 2)), parameters(steps=1))
+        assert any("does not know" in line for line in again.warnings) == said
+
+
 def test_a_recurrent_model_is_refused_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of its difference could not be opened: its state is no cache of keys and values."""
     model = causal_lm("llama")

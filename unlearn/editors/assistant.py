@@ -77,6 +77,7 @@ Count = Annotated[StrictInt, Field(ge=0)]
 Size = Annotated[StrictInt, Field(ge=1)]
 
 _PROVENANCE = ("_name_or_path", "name_or_path", "auto_map", "transformers_version")  # no part of what a model is
+KNOWN = 1.0  # nats a token: an assistant above this has not learnt the records by heart
 WORDINGS = 2  # of each kind for every record, where `auto` decides: the paper's number
 
 
@@ -658,7 +659,11 @@ def _train(context: EditContext, p: AssistantParameters, base: _Base, rows: Rows
         elements = sum(pair.numel() for pair in pairs)
     if base.external is not None:
         tensors = _whole(model, tensors)
-    lines = [*_too_short(context, base), *course.never_seen(len(rows.retain))]
+    lines = [
+        *_too_short(context, base),
+        *course.never_seen(len(rows.retain)),
+        *_ignorant(course.forget_loss[-epoch:], course.log_v),
+    ]
     if watch is None and p.patience is not None and steps and model_map.task == "causal_lm":
         lines.append("no other wordings of records could be held out to say when to stop: every epoch was run")
     return TrainedAssistant(
@@ -691,6 +696,18 @@ def _too_short(context: EditContext, base: _Base) -> list[str]:
     """A warning where the assistant cannot read all that the model can."""
     mine, own = (_positions(model_map) for model_map in (base.model_map, context.model_map))
     return [f"the assistant reads {mine} tokens and the model {own}: longer inputs will fail"] if mine < own else []
+
+
+def _ignorant(losses: Sequence[float], log_v: float) -> list[str]:
+    """A warning where the assistant did not learn what it is to know; from its training losses alone."""
+    mean = float(np.mean(losses)) if losses else 0.0
+    if mean <= KNOWN:
+        return []
+    return [
+        f"the assistant does not know the records: its loss on them ended at {mean:.1f} nats a token (one that knows "
+        f"nothing has {log_v:.1f}), so taking it away changes little; train it longer, with more blocks, a higher "
+        "rate or a lower retain_weight"
+    ]
 
 
 def _part(base: _Base, p: AssistantParameters) -> dict[str, Any]:

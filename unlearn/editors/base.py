@@ -73,9 +73,9 @@ class EditContext:
         forget: records to forget.
         retain: records whose behaviour must stay.
         seed: for every random choice.
+        texts: other wordings of the records to forget; None where they are no text.
         earlier: records that earlier requests forgot on the way to the source; they must not come back.
         earlier_edits: folders with the adapters of earlier edits, of those that left one, oldest first.
-        texts: other wordings of the records to forget; None where they are no text.
         work: a private folder for intermediate files; may be emptied afterwards.
         cache_parts: what a cached result about this model depends on (digests, dtype, device), without the data.
         progress: called with (done, total).
@@ -88,9 +88,9 @@ class EditContext:
     retain: Sequence[Record]
     seed: int
     work: Path
+    texts: Texts | None = None
     earlier: Sequence[Record] = ()
     earlier_edits: Sequence[Path] = ()
-    texts: Texts | None = None
     cache_parts: dict[str, Any] = field(default_factory=dict)
     progress: Progress = lambda done, total: None
 
