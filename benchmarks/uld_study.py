@@ -4,7 +4,8 @@
 
 Four assistants a seed, the same number of steps each: with and without paraphrases of the records to forget, with and
 without wrong answers. Retain records that train are not scored: the method gets those from `--first-retain` on, the
-utility is of `retain_perturbed` questions before them. For each assistant: forget quality (benchmarks.tofu), the
+utility is of `retain_perturbed` questions before them. `--copies` measures checkpoints that some editor has written;
+`--cells` without a name then trains nothing. For each assistant: forget quality (benchmarks.tofu), the
 probability a token of the answers to forget, and the utility over that of the target. The target and the reference head
 the table.
 """
@@ -52,7 +53,8 @@ class Study:
         known = {row["question"] for row in full[:first]}
         kept = [row for row in tofu.rows(options.tofu, "retain_perturbed") if row["question"] in known]
         n = options.questions
-        self.forget = tofu.Questions.of(tofu.rows(options.tofu, f"{options.forget}_perturbed"), self.tokenizer)
+        gone = tofu.rows(options.tofu, f"{options.forget}_perturbed")
+        self.forget = tofu.Questions.of(gone[:: -(-len(gone) // (2 * n))], self.tokenizer)
         self.sets = {"retain": tofu.Questions.of(kept[:n], self.tokenizer)}
         for name in ("real_authors", "world_facts"):
             rows = tofu.rows(options.tofu, f"{name}_perturbed")[:n]
@@ -111,6 +113,15 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, row in study.rows.items():
         share = row["utility"] / study.rows["target"]["utility"]
         yield {"case": name, "seed": None, **row, "utility_share": share}
+    for folder in options.copies:
+        copy = open_checkpoint(folder).load_model("float32", "cpu")
+        row = study._row(copy, ModelMap.of(copy))
+        yield {
+            "case": str(folder),
+            "seed": None,
+            **row,
+            "utility_share": row["utility"] / study.rows["target"]["utility"],
+        }
     for seed in range(options.seeds):
         for name in options.cells:
             yield {"case": name, "seed": seed, **study.cell(name, seed)}
@@ -140,7 +151,9 @@ def main() -> int:
     parser.add_argument("--forget", default="forget05", help="name of the set to forget (default forget05)")
     parser.add_argument("--first-retain", type=int, default=300, help="first row of full.jsonl that the method gets")
     parser.add_argument("--retain", type=int, default=200, help="how many rows it gets")
-    parser.add_argument("--questions", type=int, default=100, help="at most so many questions a set of the utility")
+    parser.add_argument(
+        "--questions", type=int, default=100, help="at most so many a set of the utility, twice as many to forget"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument(
         "--blocks",
@@ -149,7 +162,8 @@ def main() -> int:
         help="of the assistant (default: a quarter)",
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--cells", nargs="*", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--copies", nargs="*", type=Path, default=[], metavar="FOLDER", help="edited checkpoints")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()

@@ -432,8 +432,8 @@ def refuses(folder: Path, kind: type[UnlearnError], message: str) -> None:
         ({"target": {"model_type": "vit"}}, UnsupportedError, "another kind"),
         ({"architectures": ["GPT2LMHeadModel"]}, UnsupportedError, "another kind of difference"),
         ({"architectures": None}, UnsupportedError, "another kind of difference"),
-        ({"assistant": None}, UnsupportedError, "kind blocks or external"),
-        ({"assistant": {"kind": "adapter"}}, UnsupportedError, "kind blocks or external"),
+        ({"assistant": None}, UnsupportedError, "an assistant of kind blocks"),
+        ({"assistant": {"kind": "adapter"}}, UnsupportedError, "an assistant of kind blocks"),
     ],
 )
 def test_configs_that_are_not(fresh: Path, changes: dict[str, Any], kind: type[UnlearnError], message: str) -> None:
