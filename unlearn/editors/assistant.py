@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, StrictInt, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -64,30 +64,19 @@ from unlearn.checkpoints.checkpoint import open_checkpoint
 from unlearn.checkpoints.loading import tokenizer_digests
 from unlearn.checkpoints.modeling_uld import slice_blocks
 from unlearn.editors.base import EditContext, Progress, Record, Rewording
+from unlearn.editors.selection import count_or_auto
+from unlearn.editors.trainable import Count, Number, Positive, Size
 from unlearn.requests.yamlfile import Schema
 
 if TYPE_CHECKING:
     from unlearn.checkpoints.checkpoint import Checkpoint
 
-Positive = Annotated[float, Field(strict=True, gt=0)]
-Number = Annotated[float, Field(strict=True, ge=0)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Part = Annotated[float, Field(strict=True, gt=0, lt=1)]
-Count = Annotated[StrictInt, Field(ge=0)]
-Size = Annotated[StrictInt, Field(ge=1)]
 
 _PROVENANCE = ("_name_or_path", "name_or_path", "auto_map", "transformers_version")  # no part of what a model is
 KNOWN = 1.0  # nats a token: an assistant above this has not learnt the records by heart
 WORDINGS = 2  # of each kind for every record, where `auto` decides: the paper's number
-
-
-def _count_or_auto(least: int) -> BeforeValidator:
-    def check(value: object) -> object:
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"expected a whole number from {least}, or auto")
-        return value
-
-    return BeforeValidator(check)
 
 
 def _roles(value: object) -> object:
@@ -127,7 +116,7 @@ class AssistantParameters(Schema):
         assistant: folder of an external assistant in place of the model's own blocks, or None.
     """
 
-    blocks: Annotated[int | Literal["auto"], _count_or_auto(1)] = "auto"
+    blocks: Annotated[int | Literal["auto"], count_or_auto(1)] = "auto"
     first_block: Count = 0
     roles: Annotated[tuple[str, ...] | Literal["auto"], BeforeValidator(_roles)] = "auto"
     rank: Size = 32
@@ -141,10 +130,10 @@ class AssistantParameters(Schema):
     batch_size: Size = 16
     retain_batch_size: Size = 16
     retain_weight: Positive = 6.5
-    paraphrases: Annotated[int | Literal["auto"], _count_or_auto(0)] = "auto"
+    paraphrases: Annotated[int | Literal["auto"], count_or_auto(0)] = "auto"
     paraphrase_source: Literal["auto", "rules", "supplied", "model", "none"] = "auto"
     paraphrase_file: Annotated[str, Field(min_length=1)] | None = None
-    perturbed: Annotated[int | Literal["auto"], _count_or_auto(0)] = "auto"
+    perturbed: Annotated[int | Literal["auto"], count_or_auto(0)] = "auto"
     held_out: Part = 0.1
     patience: Size | None = 3
     assistant: Annotated[str, Field(min_length=1)] | None = None

@@ -216,3 +216,14 @@ def number_or_auto(accepts: Callable[[float], bool], what: str) -> BeforeValidat
         return value
 
     return BeforeValidator(check)
+
+
+def count_or_auto(least: int) -> BeforeValidator:
+    """Field of a whole number from `least`, or "auto", with one mistake for a value that is neither."""
+
+    def check(value: object) -> object:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"expected a whole number from {least}, or auto")
+        return value
+
+    return BeforeValidator(check)

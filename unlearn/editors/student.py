@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from attacks.extraction.untargeted import sample
@@ -44,6 +44,7 @@ from probes.likelihood import SamplingScheme, inference
 from probes.records import ImageRecord, TokenRecord
 from unlearn.editors.base import EditContext, Record
 from unlearn.editors.lossbatches import Batches, ImageBatches, Teacher, TextBatches, n_visited, visited
+from unlearn.editors.selection import count_or_auto
 from unlearn.editors.trainable import Count, Number, Positive, Size, TrainingParameters, head_before, trained
 
 if TYPE_CHECKING:
@@ -51,12 +52,6 @@ if TYPE_CHECKING:
 
 WRITTEN = 1  # texts of the teacher for each record to forget, where `auto` decides
 ROUNDING = 1e-6  # nats a token; of a smaller divergence, which is rounding, AdamW would still make whole steps
-
-
-def _count_or_auto(value: object) -> object:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise ValueError("expected a whole number from 0, or auto")
-    return value
 
 
 class StudentParameters(TrainingParameters):
@@ -81,7 +76,7 @@ class StudentParameters(TrainingParameters):
     retain_batch_size: Size = 16
     forget_weight: Number = 1.0
     retain_weight: Number = 1.0
-    generated: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = "auto"
+    generated: Annotated[int | Literal["auto"], count_or_auto(0)] = "auto"
     generated_tokens: Size | None = None
     temperature: Positive = 1.0
     patience: Size | None = None

@@ -48,12 +48,12 @@ from unlearn.checkpoints.modeling_uld import (
 from unlearn.editors.assistant import (
     WORDINGS,
     AssistantParameters,
-    Number,
     TrainedAssistant,
     train_assistant,
 )
 from unlearn.editors.base import EditContext, EditResult
 from unlearn.editors.lossbatches import n_visited
+from unlearn.editors.trainable import Number
 from unlearn.mistakes import Mistakes
 from unlearn.requests.yamlfile import Document, parse
 
