@@ -37,10 +37,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from probes.classify import score_images
 from probes.errors import UsageError
-from probes.figures import record_figures
-from probes.likelihood import Progress, score
+from probes.likelihood import Progress
+from probes.memorised import memorised
 from probes.records import ImageRecord, TokenRecord
 from probes.training import fit, mean_loss
 
@@ -399,20 +398,14 @@ def performance(
 
     Raises:
         UsageError: an unknown figure.
+        UnsupportedError: from the function, where a model's logits are NaN.
     """
-    text = {"accuracy": "token_accuracy", "probability": "probability", "log_probability": "loss"}
-    image = {"accuracy": "correct", "probability": "label_probability", "log_probability": "loss"}
-    if figure not in text:
-        raise UsageError(f"expected a figure among {', '.join(text)}, found {figure!r}")
+    columns = {"accuracy": "accuracy", "probability": "probability", "log_probability": "loss"}
+    if figure not in columns:
+        raise UsageError(f"expected a figure among {', '.join(columns)}, found {figure!r}")
 
     def measure(model: nn.Module) -> Floats:
-        texts = [record for record in records if isinstance(record, TokenRecord)]
-        if texts:
-            column = record_figures(score(model, texts))[text[figure]]
-        else:
-            images = [record for record in records if isinstance(record, ImageRecord)]
-            column = score_images(model, images)[image[figure]]
-        values = column.to_numpy(dtype=np.float64)
+        values = memorised(model, records)[columns[figure]].to_numpy(dtype=np.float64)
         return -values if figure == "log_probability" else values
 
     return measure

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from attacks.extraction.compression import Compression, adversarial_compression
 from attacks.extraction.gcg import writable
 from probes.records import TokenRecord
@@ -22,12 +20,10 @@ def adversarial(views: Views, settings: dict[str, Any]) -> Result:
     for role in ROLES:
         if not views.has(role):
             continue
-        losses = views.frame(role)["loss"].to_numpy()
-        chosen = np.argsort(losses, kind="stable")[: settings["records"]]
         found[role] = [
             adversarial_compression(
                 views.model,
-                _cut(views.records(role)[int(i)], settings["tokens"]),
+                _cut(record, settings["tokens"]),
                 before=views.opening[: views.kept(views.records(role))],
                 tokens=tokens,
                 steps=settings["steps"],
@@ -35,7 +31,7 @@ def adversarial(views: Views, settings: dict[str, Any]) -> Result:
                 seed=views.seed,
                 model_map=views.model_map,
             )
-            for i in chosen
+            for record in views.most_probable(settings["records"], role)
         ]
     hits = {role: [one.found for one in ones] for role, ones in found.items()}
     result.rate(

@@ -66,18 +66,17 @@ def mass(views: Views, settings: dict[str, Any]) -> Result:
     for role, target in (("records", result.figures), ("control", result.control)):
         if not views.has(role):
             continue
-        losses = views.frame(role)["loss"].to_numpy()
-        chosen = np.argsort(losses, kind="stable")[: settings["records"]]
+        chosen = views.most_probable(settings["records"], role)
         found = [
             near_verbatim_mass(
                 views.model,
-                views.records(role)[int(i)],
+                record,
                 distance=settings["distance"],
                 metric=settings["metric"],
                 width=settings["width"],
                 model_map=views.model_map,
             )
-            for i in chosen
+            for record in chosen
         ]
         within = emitted_within(np.array([one.log_mass for one in found]), n)
         exact = emitted_within(np.array([one.log_exact for one in found]), n)
@@ -93,12 +92,12 @@ def mass(views: Views, settings: dict[str, Any]) -> Result:
         if role == "records":
             listed = [
                 [
-                    views.workspace.pseudonym(views.records(role)[int(i)].record_id),
+                    views.workspace.pseudonym(record.record_id),
                     one.log_exact,
                     one.log_mass,
                     one.found,
                 ]
-                for i, one in zip(chosen, found, strict=True)
+                for record, one in zip(chosen, found, strict=True)
             ]
     result.titles = {
         "within": f"within {shown} among {n} samples, at least",

@@ -186,6 +186,11 @@ class Views:
         """Per-record figures of the one pass; empty where there is no such set."""
         return self._one_pass.tables.get(role, pd.DataFrame())
 
+    def most_probable(self, n: int, role: str = "records") -> list[TokenRecord]:
+        """The n records of a set with the lowest mean loss in the one pass, lowest first; ties in input order."""
+        losses = self.frame(role)["loss"].to_numpy()
+        return [self.records(role)[int(i)] for i in np.argsort(losses, kind="stable")[:n]]
+
     def plain(self, role: str = "records") -> pd.DataFrame:
         """The graded figures of `probes.memorised` on the model without an attack, read off the one pass."""
         frame = self.frame(role)

@@ -6,18 +6,15 @@ Prompt positions are numbers; no token is written anywhere.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from probes.ablation import Ablation, ablate, ablate_parts
 from probes.attribution import Attribution, attribute, heat
-from probes.classify import score_images
-from probes.figures import record_figures
 from probes.influence import influence
-from probes.likelihood import score
+from probes.memorised import memorised
 from probes.neurons import neuron_means
-from probes.records import ImageRecord, TokenRecord
 from unlearn.evidence.measure import Loaded, Record
 from unlearn.workspace import Workspace
 
@@ -119,11 +116,7 @@ class _Steps:
 
 def _most_probable(loaded: Loaded, records: list[Record], n: int) -> list[Record]:
     """The n records with the lowest mean loss, lowest first; ties in input order."""
-    if loaded.task == "causal_lm":
-        table = score(loaded.model, cast("list[TokenRecord]", records), model_map=loaded.model_map)
-        losses = record_figures(table)["loss"]
-    else:
-        losses = score_images(loaded.model, cast("list[ImageRecord]", records))["loss"]
+    losses = memorised(loaded.model, records, model_map=loaded.model_map)["loss"]  # type: ignore[arg-type]
     order = np.argsort(losses.to_numpy(), kind="stable")
     return [records[int(i)] for i in order[:n]]
 
