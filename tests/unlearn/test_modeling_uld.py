@@ -90,6 +90,25 @@ def test_ties_with_the_last_rank_stay() -> None:
     assert kept(torch.zeros(1, 10), Rule(1.0, 0.2, 0.0, "never")) == [list(range(10))]
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.3])
+@pytest.mark.parametrize("share", [0.003, 0.01, 0.1])
+def test_what_is_kept_of_many_tokens_is_found_without_sorting_them(share: float, ratio: float) -> None:
+    target, rule = logits(7, 1003, 0).float(), Rule(0.75, share, ratio, "never")
+    count = math.floor(share * 1003)
+    target[1] = target[1].sort().values
+    target[2] = target[2].round()  # many ties
+    target[3, :: 1003 // (1003 // (3 * count))] += 20
+    target[4, : 3 * count] -= 20
+    target[5, 2 * count :] = -math.inf
+    target[6] = target[6, 0]
+    ranked = target.sort(descending=True).values
+    limit = ranked[:, count - 1 : count]
+    if ratio:
+        limit = torch.minimum(limit, ranked[:, :1] + math.log(ratio))
+    want = (target >= limit) & target.isfinite()
+    assert torch.equal(combine(target, torch.zeros_like(target), rule).isfinite(), want)
+
+
 def test_a_share_counts_exactly() -> None:
     """0.29 * 100 is 28.999... in floating point."""
     assert len(kept(-torch.arange(100.0)[None], Rule(1.0, 0.29, 0.0, "never"))[0]) == 29
@@ -120,6 +139,14 @@ def test_a_uniform_assistant_changes_nothing() -> None:
     for share in (0.0, 0.1):
         got = combine(target, torch.full_like(target, 4.2), Rule(0.75, share, share, "original"))
         torch.testing.assert_close(got, target.log_softmax(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_an_assistant_that_rules_out_every_kept_token_changes_nothing() -> None:
+    target = logits(3, 60, 0)
+    rule = Rule(0.75, 0.1, 0.0, "original")
+    kept = torch.tensor([kept_by_hand(row, rule) for row in target.tolist()])
+    assistant = torch.where(kept, -math.inf, logits(3, 60, 1))
+    torch.testing.assert_close(combine(target, assistant, rule), target.log_softmax(-1), rtol=1e-12, atol=1e-12)
 
 
 def test_constants_added_to_the_logits_change_nothing_and_did_in_the_released_formula() -> None:

@@ -169,8 +169,14 @@ def test_the_addition_is_the_product(kind: Any) -> None:
         base = nn.Linear(5, 7) if kind is nn.Linear else Conv1D(7, 5)
         down, up, x = (nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(7, 3)), torch.randn(2, 4, 5))
     weight = base.weight if kind is nn.Linear else base.weight.T  # [out, in]
-    want = F.linear(x, weight + 0.5 * up @ down, base.bias)
-    torch.testing.assert_close(LowRank(base, down, up, 0.5)(x), want)
+    want = F.linear(x.requires_grad_(), weight + 0.5 * up @ down, base.bias)
+    got = LowRank(base, down, up, 0.5)(x)
+    torch.testing.assert_close(got, want)
+    inputs = (x, down, up, *base.parameters())
+    for ours, theirs in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (got, want)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(LowRank(base, down, up, 0.5)(x[0, 0]), want[0, 0])
+    assert LowRank(base, down, up, 0.5)(x[:0]).shape == (0, 4, 7)
     half = LowRank(base.bfloat16(), down, up, 0.5)(x.bfloat16())
     assert half.dtype == torch.bfloat16
 

@@ -12,7 +12,8 @@ target itself and every loss is finite; or "never", nothing, where the kept toke
 
 The assistant is the target's blocks first..last-1 with low-rank additions, then the target's final norm and head: it
 continues the hidden state that enters block `first` of the target and shares its storage, so embeddings and earlier
-blocks run once, and one vocabulary product serves both. Or it is another model with the same vocabulary.
+blocks run once. Or it is another model with the same vocabulary. On a CPU the assistant's head runs for kept tokens
+alone, which are about a hundredth of the vocabulary; elsewhere one product with a shared head serves both.
 
 This file imports nothing but the standard library, torch, transformers and safetensors, which comes with it: it is
 copied byte for byte into every saved folder, for `trust_remote_code`.
@@ -26,7 +27,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -56,7 +57,7 @@ RULE_TENSOR = "assistant.rule"
 # to load the folder of a difference over a Llama, takes the target's configuration from inside and would be the
 # original without a word; so it looks for this file, and what it says when there is none tells what to do.
 _NO_FILE = "a-difference-of-two-models.load-it-with-trust_remote_code=True.safetensors"
-FLOOR = -1.0e4  # least log a(v): an assistant that rules a token out would make c infinite
+FLOOR = -1.0e4  # least log a(v) / max a: an assistant that rules a token out would make c infinite
 TILE_ELEMENTS = 1 << 19  # logits combined at once on a CPU; 2 MB in fp32 stay in its cache
 _SLACK = 1e-9  # floor(0.29 * 100) is 29, whatever 0.29 * 100 is in floating point
 
@@ -95,6 +96,10 @@ class Rule:
         return self.alpha == 0 and self.outside == "original"
 
 
+_At = Callable[[slice, Tensor | None, Tensor | None], Tensor]
+"""The assistant's logits for the rows of a slice: all, [C, V]; or [N], at row i and column j of them each."""
+
+
 def combine(target_logits: Tensor, assistant_logits: Tensor, rule: Rule) -> Tensor:
     """Log-probabilities of the difference.
 
@@ -115,9 +120,20 @@ def combine(target_logits: Tensor, assistant_logits: Tensor, rule: Rule) -> Tens
             f"expected logits of one shape, found {tuple(target_logits.shape)} and {tuple(assistant_logits.shape)}; "
             "use an assistant with the target's vocabulary"
         )
-    b, a = (t.reshape(-1, t.shape[-1]) for t in (target_logits, assistant_logits))  # [R, V]
+    flat = assistant_logits.reshape(-1, assistant_logits.shape[-1])  # [R, V]
+
+    def given(part: slice, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        return flat[part] if rows is None else flat[part][rows, columns]
+
+    return _combined(target_logits, given, rule)
+
+
+def _combined(target_logits: Tensor, assistant: _At, rule: Rule) -> Tensor:
+    """`combine`, with the assistant's logits asked for where they count: of a filtered vocabulary a small part."""
+    b = target_logits.reshape(-1, target_logits.shape[-1])  # [R, V]
     size = max(1, TILE_ELEMENTS // b.shape[-1] if b.device.type == "cpu" else len(b))
-    tiles = [_combine_rows(b[i : i + size], a[i : i + size], rule) for i in range(0, len(b), size)]
+    parts = [slice(i, i + size) for i in range(0, len(b), size)]
+    tiles = [_combined_rows(_precise(b[part]), partial(assistant, part), rule) for part in parts]
     out = tiles[0] if len(tiles) == 1 else torch.cat(tiles) if tiles else _precise(b)
     return out.view(target_logits.shape)
 
@@ -126,36 +142,77 @@ def _precise(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _combine_rows(target: Tensor, assistant: Tensor, rule: Rule) -> Tensor:
-    """`combine` of [R, V]."""
-    target = _precise(target)
-    log_b = target.log_softmax(-1)  # [R, V]
+def _combined_rows(target: Tensor, assistant: Callable[[Tensor | None, Tensor | None], Tensor], rule: Rule) -> Tensor:
+    """`combine` of [R, V].
+
+    What is normalised over the kept tokens does not depend on a constant taken from all of them, so the assistant's
+    normaliser, a sum over the vocabulary, is never made; its largest kept logit stands in for it.
+    """
     if rule.nothing:
-        return log_b
-    log_a = _precise(assistant).log_softmax(-1).clamp(min=FLOOR)  # [R, V]
-    c = torch.sub(log_b, log_a, alpha=rule.alpha)  # [R, V]
-    keep = _kept(target, rule)
-    if keep is None:
-        return c.log_softmax(-1)
-    drop = ~keep
-    c = c.masked_fill_(drop, -math.inf).log_softmax(-1)
-    if rule.outside == "never":
-        return c
-    mass = log_b.masked_fill(drop, -math.inf).exp().sum(-1, keepdim=True)  # [R, 1] of the kept under the target
-    return torch.where(keep, c + mass.log(), log_b)
+        return target.log_softmax(-1)
+    kept = _kept(target.detach(), rule)
+    if kept is None:
+        return torch.sub(target, _relative(assistant(None, None).to(target)), alpha=rule.alpha).log_softmax(-1)
+    rows, columns = kept // target.shape[-1], kept % target.shape[-1]  # [N] each
+    places = _places(rows, len(target))  # [R, n]
+    before = target.log_softmax(-1) if rule.outside == "original" else target  # [R, V]
+    b = _spread(before.flatten()[kept], places)  # [R, n]
+    a = _relative(_spread(assistant(rows, columns).to(target), places))  # [R, n]
+    c = torch.sub(b, a, alpha=rule.alpha).log_softmax(-1)
+    if rule.outside == "original":
+        c = c + b.logsumexp(-1, keepdim=True)  # of the kept under the target
+    rest = before if rule.outside == "original" else torch.full_like(before, -math.inf)
+    return rest.flatten().index_copy(0, kept, c[places]).view(target.shape)
+
+
+def _relative(logits: Tensor) -> Tensor:
+    """Logits [R, n] as far as they are below the row's largest, at least FLOOR; of a row of -inf alone all the same."""
+    top = logits.amax(-1, keepdim=True)
+    return (logits - top.masked_fill(top == -math.inf, 0.0)).clamp(min=FLOOR)
 
 
 def _kept(target: Tensor, rule: Rule) -> Tensor | None:
-    """[R, V] bool of the tokens kept, from the target's logits; None for all. Ties with the last rank stay."""
-    limits = []
-    if rule.rank_share > 0:
-        count = max(1, math.floor(rule.rank_share * target.shape[-1] + _SLACK))
-        limits.append(target.detach().topk(count).values[:, -1:])  # [R, 1]
-    if rule.ratio > 0:
-        limits.append(target.detach().amax(-1, keepdim=True) + math.log(rule.ratio))
-    if not limits:
+    """[N] places in the flattened [R, V], in order, of the tokens kept; None for all. Ties with the last rank stay.
+
+    The count-th largest logit of a row is at least the count-th largest of the maxima of disjoint groups of columns,
+    which are few. So only what reaches that is looked at more closely.
+    """
+    width, count = target.shape[-1], max(1, math.floor(rule.rank_share * target.shape[-1] + _SLACK))
+    if not rule.rank_share and not rule.ratio:
         return None
-    return target >= (limits[0] if len(limits) == 1 else torch.minimum(*limits))
+    by_ratio = target.amax(-1, keepdim=True) + (math.log(rule.ratio) if rule.ratio else math.inf)  # [R, 1]
+    if not rule.rank_share:
+        return _reaching(target, by_ratio)
+    groups = 3 * count
+    if 2 * groups > width:
+        return _reaching(target, torch.minimum(_nth(target, count), by_ratio))
+    each = width // groups
+    below = _nth(target[:, : groups * each].view(-1, each, groups).amax(1), count)  # [R, 1]
+    some = _reaching(target, torch.minimum(below, by_ratio))  # [N]
+    rows, values = some // width, target.flatten()[some]
+    limit = torch.minimum(_nth(_spread(values, _places(rows, len(target))), count), by_ratio)  # [R, 1]
+    return some[~(values < limit[rows, 0])]
+
+
+def _reaching(values: Tensor, limits: Tensor) -> Tensor:
+    """Places in the flattened [R, V] of what is not below its row's limit; NaN is not, and shows in the result."""
+    return (values < limits).logical_not_().flatten().nonzero()[:, 0]
+
+
+def _nth(values: Tensor, n: int) -> Tensor:
+    """[R, 1] the n-th largest of each row [R, m]."""
+    return values.topk(n, sorted=False).values.amin(-1, keepdim=True)
+
+
+def _places(rows: Tensor, n: int) -> Tensor:
+    """[n, most] bool: of each row as many from the left as it comes in `rows` [N], which rise."""
+    counts = torch.bincount(rows, minlength=n)
+    return torch.arange(int(counts.max()), device=rows.device) < counts[:, None]
+
+
+def _spread(values: Tensor, places: Tensor) -> Tensor:
+    """[N] values of rising rows, put into the places [R, n] that are theirs; -inf elsewhere."""
+    return values.new_full(places.shape, -math.inf).masked_scatter(places, values)
 
 
 # ------------------------------------------------------------------------------------------- blocks of the target
@@ -234,7 +291,8 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 class LowRank(nn.Module):
     """y = base(x) + scale * (x A^T) B^T, beside a `Linear` or `Conv1D`.
 
-    The addition is computed in the type of A and B, single precision as a rule, and rounded to the base's with the sum.
+    The addition is computed in the type of A and B, single precision as a rule, and rounded to the base's with the sum;
+    where all are of one type the second product adds itself to the base's output.
 
     Args:
         base: the layer, as it is.
@@ -252,6 +310,10 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         y: Tensor = self.base(x)
+        if y.dtype == x.dtype == self.lora_A.dtype:
+            inner = F.linear(x, self.lora_A)  # [..., r]
+            flat = y.reshape(-1, y.shape[-1]), inner.reshape(-1, inner.shape[-1])
+            return torch.addmm(*flat, self.lora_B.t(), alpha=self.scale).view(y.shape)
         added = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)  # [..., out]
         return (y + added * self.scale).to(y.dtype)
 
@@ -346,6 +408,51 @@ def _head(model: nn.Module, path: str, rule: Mapping[str, Any], states: Tensor) 
     """Logits of the head's inputs [..., d]."""
     head: Any = model.get_submodule(path)
     return _scaled(head(states.to(head.weight.dtype)), rule)
+
+
+def _picks(model: nn.Module, path: str, states: Tensor, rule: Rule) -> bool:
+    """Whether the head is to run for kept tokens alone, on a CPU: a product of two or three rows with the vocabulary
+    reads the matrix once a row there, where a GPU reads it once.
+
+    Not where gradients are recorded, of which each row would have one as large as the head; nor for a layer that is
+    more than its weight and bias.
+    """
+    head = model.get_submodule(path)
+    plain = type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+    recorded = torch.is_grad_enabled() and (states.requires_grad or any(p.requires_grad for p in head.parameters()))
+    filtered = rule.rank_share > 0 or rule.ratio > 0
+    on_cpu = all(tensor.device.type == "cpu" for tensor in (states, *head.parameters()))
+    return plain and filtered and not recorded and on_cpu
+
+
+def _subtracted(
+    target_logits: Tensor, model: nn.Module, path: str, scaling: Mapping[str, Any], states: Tensor, rule: Rule
+) -> Tensor:
+    """`combine` of the target's logits [..., V] and what a head makes of the assistant's states [..., d_a]."""
+    if not _picks(model, path, states, rule):
+        return combine(target_logits, _head(model, path, scaling, states).to(target_logits.device), rule)
+    head = cast(nn.Linear, model.get_submodule(path))
+    flat = states.reshape(-1, states.shape[-1]).to(head.weight.dtype)  # [R, d_a]
+
+    def at(part: slice, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        wanted = flat[part]  # [C, d_a]
+        if rows is None or columns is None:
+            return _head(model, path, scaling, wanted)
+        if len(rows) > max(head.out_features // 4, len(wanted) * head.out_features // 32):  # all are cheaper
+            return _head(model, path, scaling, wanted)[rows, columns]
+        return _scaled(_single(head, wanted, rows, columns), scaling)
+
+    return _combined(target_logits, at, rule)
+
+
+def _single(head: nn.Linear, states: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[N] outputs of a head for its inputs [C, d]: number `columns` [N] of row `rows` [N], which rise."""
+    each = torch.split(columns, torch.bincount(rows, minlength=len(states)).tolist())
+    found = [
+        F.linear(state, head.weight.index_select(0, own), None if head.bias is None else head.bias[own])
+        for state, own in zip(states, each, strict=True)
+    ]
+    return torch.cat(found)
 
 
 @cache
@@ -682,11 +789,13 @@ class _Difference(PreTrainedModel):  # type: ignore[misc]
         b, a = states[..., : self._width], states[..., self._width :]  # [..., d], [..., d_a]
         if self._rule.nothing:  # the product of fewer rows may round otherwise
             return _precise(_head(self.target, config.head, config.logit_rule, b)).log_softmax(-1)
-        if config.assistant["kind"] == "blocks":
-            both = _head(self.target, config.head, config.logit_rule, torch.stack([b, a]))  # [2, ..., V]
+        ours = self.target, config.head, config.logit_rule
+        own = config.assistant["kind"] == "blocks"
+        if own and not _picks(*ours[:2], a, self._rule):
+            both = _head(*ours, torch.stack([b, a]))  # [2, ..., V]
             return combine(both[0], both[1], self._rule)
-        other = _head(self.assistant, config.assistant["head"], config.assistant["logit_rule"], a)  # [..., V]
-        return combine(_head(self.target, config.head, config.logit_rule, b), other, self._rule)
+        theirs = ours if own else (self.assistant, config.assistant["head"], config.assistant["logit_rule"])
+        return _subtracted(_head(*ours, b), *theirs, a, self._rule)
 
 
 def _head_width(model: nn.Module, path: str) -> int:
@@ -989,8 +1098,7 @@ class ULDLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         with torch.no_grad():
             hidden = backbone(**inputs, past_key_values=self._cache, use_cache=True).last_hidden_state[:, -1]  # [R, d]
             self._rows, self._mask = input_ids.clone(), mask
-            logits = _head(self._model, self._head, self._scaling, hidden)  # [R, V]
-            return combine(scores, logits.to(scores.device), self._rule)
+            return _subtracted(scores, self._model, self._head, self._scaling, hidden, self._rule)
 
     def _mask_of(self, input_ids: Tensor) -> Tensor:
         """[R, T] of the rows as the prompts' padding and the number of rows a prompt have it."""
