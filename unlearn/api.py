@@ -664,19 +664,39 @@ def request_job(request: Request, options: Options, suite: str | Path | None = N
 
 
 def plan(
-    request: str | Path | Sequence[str | Path], out: str | Path | None, options: Options, display: Display
+    request: str | Path | Sequence[str | Path],
+    out: str | Path | None,
+    options: Options,
+    display: Display,
+    *,
+    ledger: str | Path | None = None,
+    chain: bool = False,
+    complete_history: bool = False,
 ) -> dict[str, Any]:
-    """`unlearn forget --plan-only`: what the run would do; nothing is edited, and nothing is entered in a ledger."""
+    """`unlearn forget --plan-only`: what the run would do; nothing is edited, and nothing is entered in a ledger.
+
+    The ledger is read: of a chain its newest checkpoint is planned on, and what was forgotten on the way to the
+    checkpoint counts among the records.
+    """
     batch = request_batch(_several(request), options)
-    job = batch.job
+    job, n_earlier, n_gone, carried_out = batch.job, 0, 0, None
+    kept = custody.ledger_for(ledger, out, job.checkpoint, entered=False)
+    if kept is not None:
+        found = custody.plan(kept, batch, chain=chain, complete=complete_history)
+        job = found.job
+        n_earlier = sum(one.records for one in found.earlier if not one.missing)
+        n_gone = sum(one.records for one in found.earlier if one.missing)
+        carried_out = found.carried_out.n if found.carried_out is not None else None
+    elif chain or complete_history:
+        raise UsageError("expected a ledger for a chain or for a history, found none kept")
     run = _create(job, out, Live(), _batched(batch))
     try:
-        planned = plan_only(Pipeline(run, job, display))
+        planned = plan_only(Pipeline(run, job, display), n_earlier)
     except BaseException:
         run.finish("failed", None)
         raise
     run.finish("done", 0)
-    return planned
+    return planned | {"earlier_gone": n_gone, "carried_out": carried_out}
 
 
 def _extras(format: RecordFormat | None, **files: Any) -> dict[str, dict[str, Any]]:

@@ -312,7 +312,9 @@ def forget(
     if plan_only:
         from unlearn.summary import plan_text
 
-        planned = api.plan(request or [], out, options, shown)
+        planned = api.plan(
+            request or [], out, options, shown, ledger=ledger, chain=chain, complete_history=complete_history
+        )
         shown.result(plan_text(planned), planned)
         return
     run = api.forget(

@@ -26,6 +26,7 @@ from probes.likelihood import SamplingScheme
 from unlearn import reporting
 from unlearn.attacking.run import attack_arms, estimate, run_attacks
 from unlearn.editing import at_inference_time, editor_of, expect_weights, named_method, note_given, write_copy
+from unlearn.editors.base import planned_passes
 from unlearn.evidence import criteria as judging
 from unlearn.evidence import measure
 from unlearn.evidence.measure import Measured, Record, Settings
@@ -328,8 +329,13 @@ def _durability(stress: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def plan_only(pipeline: Pipeline) -> dict[str, Any]:
-    """What a forget run would do, without a pass over any record: tensors, passes, disk."""
+def plan_only(pipeline: Pipeline, n_earlier: int = 0) -> dict[str, Any]:
+    """What a forget run would do, without a pass over any record: tensors, passes, disk.
+
+    Args:
+        pipeline: of a run that goes no further.
+        n_earlier: how many records were forgotten earlier on the way to the checkpoint and would be run again.
+    """
     pipeline.stage("inputs", pipeline._inputs)
     checkpoint = pipeline.checkpoint("checkpoint")
     raw = {role: len(pipeline.raw(role)) for role in pipeline.job.sources}
@@ -338,11 +344,11 @@ def plan_only(pipeline: Pipeline) -> dict[str, Any]:
     parameters = dict(loaded.model.named_parameters())
     return {
         "method": editor.name,
-        "records": raw,
+        "records": raw | ({"earlier": n_earlier} if n_earlier else {}),
         "tensors": len(names),
         "parameters": sum(parameters[name].numel() for name in names),
         "of_parameters": sum(parameter.numel() for parameter in parameters.values()),
-        "passes": editor.passes(raw["records"], raw.get("retain", max(32, raw["records"]))),
+        "passes": planned_passes(editor, raw["records"], raw.get("retain", max(32, raw["records"])), n_earlier),
         "disk_bytes": sum(file["size"] for file in checkpoint.manifest()),
         "drafted": [role for role in ("control", "retain") if role not in raw],
         "inference_time": editor.inference_time,

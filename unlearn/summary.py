@@ -384,6 +384,12 @@ def plan_text(planned: dict[str, Any]) -> str:
             f"passes      {passes}",
             f"disk        {planned['disk_bytes'] / 1e6:,.0f} MB for the edited copy",
             *(["weights     the original's stay in the copy's files"] if planned["inference_time"] else []),
+            *([f"gone        {planned['earlier_gone']} records forgotten earlier"] if planned["earlier_gone"] else []),
+            *(
+                [f"carried out before, entry {planned['carried_out']} of the ledger: --again carries it out once more"]
+                if planned["carried_out"] is not None
+                else []
+            ),
             "nothing was edited",
         ]
     )

@@ -15,8 +15,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks import gs_lora_shots
 from benchmarks.gs_lora import harmonic
-from probes import training
+from probes import statistics, training
 from probes.classify import score_images
 from probes.errors import ResourceError, UnsupportedError, UsageError
 from probes.modelmap import ModelMap
@@ -27,7 +28,7 @@ from tests.unlearn.ledger_world import Requests
 from unlearn import forget
 from unlearn.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from unlearn.editors import gs_lora, gs_lora_training, lossbatches
-from unlearn.editors.base import EditContext, EditResult, make_editor
+from unlearn.editors.base import EditContext, EditResult, make_editor, planned_passes
 from unlearn.editors.groupsparse import Group, groups_of
 from unlearn.editors.gs_lora import GSLoRAEditor, GSLoRAParameters
 from unlearn.editors.gs_lora_training import Side, Trainer
@@ -652,6 +653,33 @@ def test_the_harmonic_mean_of_the_papers() -> None:
     assert harmonic(0.9, -0.1) == 0.0  # it got better at what it was to forget
 
 
+def test_shots_are_drawn_from_each_class_by_seed() -> None:
+    records = [ImageRecord(str(i), torch.zeros(1, 2, 2), i % 10) for i in range(90)]
+    first, again, other = (gs_lora_shots.drawn(records, 4, seed) for seed in (0, 0, 1))
+    assert [record.record_id for record in first] == [record.record_id for record in again]
+    assert {r.record_id for r in first} != {r.record_id for r in other}
+    assert [record.label for record in first] == [label for label in range(10) for _ in range(4)]
+    assert len({record.record_id for record in first}) == 40
+
+
+def test_methods_are_compared_seed_by_seed() -> None:
+    def row(seed: int, method: str, harmonics: tuple[float, float]) -> dict[str, Any]:
+        rows = [
+            {"forgotten": 0.0, "earlier": earlier, "retained": h, "change": 0.0, "harmonic": h}
+            for earlier, h in zip((None, 0.5), harmonics, strict=True)
+        ]
+        return {"seed": seed, "method": method, "setting": "one", "rows": rows}
+
+    found = [row(seed, "A", (0.5, 0.7 + seed / 10)) for seed in (0, 1, 2)]
+    found += [row(seed, "B", (0.5 + seed / 10, 0.9 + seed / 10)) for seed in (2, 1, 0)]
+    lines = gs_lora_shots.table(found).splitlines()
+    assert lines[2].startswith("| A, one | 0.0 (0.0 to 0.0) | 50.0 (50.0 to 50.0) | 65.0 (60.0 to 70.0)")
+    gaps = [10.0, 15.0, 20.0]  # of the means over requests, B less A, seed by seed
+    interval = statistics.mean_interval(gaps)
+    assert f"| +15.0 ({interval.low:+.1f} to {interval.high:+.1f}) |" in lines[4]
+    assert "over 3 seeds | +0.0 | +0.0 |" in lines[4]  # no spread, no interval
+
+
 def test_planted_facts_go_and_the_others_stay(tmp_path: Path) -> None:
     model, mine, kept = causal_lm("llama", initializer_range=0.05), texts(4, 1), texts(8, 2)
     train(model, [record.ids for record in mine + kept], steps=150)
@@ -809,7 +837,7 @@ def test_passes_are_those_that_are_run(
     options = SMALL | parameters
     context = {"earlier": texts(n_earlier, 9), "progress": lambda *at: seen.append(at)}
     run(llama, tmp_path / "out", options, texts(5, 1), texts(6, 2), model=model, **context)
-    planned = GSLoRAEditor(options).passes(5, 6, n_earlier)
+    planned = planned_passes(GSLoRAEditor(options), 5, 6, n_earlier)
     assert rows == [planned["forward"], planned["forward_backward"]]
     assert seen[-1] == (sum(rows), sum(rows))
 

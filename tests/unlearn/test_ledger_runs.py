@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from probes.errors import IntegrityError, ResourceError, UsageError
 from tests.unlearn.ledger_world import IMPOSSIBLE, Requests, flushes, forked, quick, rows
-from unlearn.api import Run, forget
+from unlearn import cli
+from unlearn.api import Run, forget, plan
 from unlearn.ledger.chain import Ledger
 from unlearn.ledger.checking import verify
 from unlearn.ledger.history import states
+from unlearn.runs.job import Options
 from unlearn.runs.verify import passed
 from unlearn.runs.verify import verify as verify_run
+from unlearn.summary import plan_text
+from unlearn.terminal import Display
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,69 @@ def test_a_chain_of_three_requests(world: Requests, ledger: Ledger) -> None:
     assert "word" not in text
     assert str(world.folder) not in text
     assert json.loads((runs[0].path / "run.json").read_text())["ledger"]["folder"] == ".."
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [  # two records to forget and two to keep; of 200 steps each takes two, two and the four forgotten earlier
+        ("{name: gs_lora}", {"forward": 2 + 2 * 4, "forward_backward": 200 * (2 + 2 + 4)}),
+        ("{name: gs_lora, overrides: {earlier_weight: 0.0}}", {"forward": 2, "forward_backward": 200 * (2 + 2)}),
+        ("{name: gs_lora, overrides: {steps: 0}}", {"forward": 0, "forward_backward": 0}),
+        ("{name: ssd}", {"forward": 0, "forward_backward": 2 + 2}),  # runs no earlier record
+    ],
+)
+def test_a_plan_counts_the_passes_over_earlier_records(
+    method: str, passes: dict[str, int], world: Requests, ledger: Ledger, tmp_path: Path
+) -> None:
+    for name, to in (("a", "e1"), ("b", "e2")):
+        go(world.request(name, to), ledger, chain=True)
+    request = world.request("c", "e3")
+    text = request.read_text()
+    request.write_text(re.sub("method: {.*}}", f"method: {method}", text))
+    before = ledger.path.read_bytes()
+
+    def planned(name: str, **options: Any) -> dict[str, Any]:
+        return plan([request], tmp_path / name, Options(), Display(), ledger=ledger.folder, **options)
+
+    found = planned("p1", chain=True)
+    assert found["records"] == {"records": 2, "control": 4, "retain": 2, "earlier": 4}
+    assert found["passes"] == passes
+    assert (found["earlier_gone"], found["carried_out"]) == (0, None)
+    assert "earlier" not in planned("p2")["records"]  # nothing led to the checkpoint that the request names
+    shutil.rmtree(ledger.folder / ledger.entries()[1].data["run"])
+    found = planned("p3", chain=True)
+    assert (found["records"]["earlier"], found["earlier_gone"]) == (2, 2)
+    assert "gone        2 records forgotten earlier" in plan_text(found)
+    with pytest.raises(IntegrityError, match="--complete-history"):
+        planned("p4", chain=True, complete_history=True)
+    assert ledger.path.read_bytes() == before
+
+
+def test_a_plan_says_what_was_carried_out_before(
+    world: Requests, ledger: Ledger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = world.request("a", "e1")
+    go(request, ledger)
+    found = plan(request, tmp_path / "p", Options(), Display(), ledger=ledger.folder)
+    assert found["carried_out"] == ledger.entries()[-1].n
+    assert f"carried out before, entry {found['carried_out']} of the ledger" in plan_text(found)
+    with suppress(SystemExit):
+        cli.main(
+            [
+                "forget",
+                str(request),
+                "--plan-only",
+                "--chain",
+                "--ledger",
+                str(ledger.folder),
+                "--out",
+                str(tmp_path / "p2"),
+            ]
+        )
+    assert f"entry {found['carried_out']} of the ledger" in capsys.readouterr().out
+    assert plan(request, tmp_path / "q", Options(), Display(), ledger="")["carried_out"] is None  # no ledger is kept
+    with pytest.raises(UsageError, match="expected a ledger"):
+        plan(request, tmp_path / "r", Options(), Display(), ledger="", chain=True)
 
 
 def test_the_same_request_is_reported_not_repeated(world: Requests, ledger: Ledger) -> None:

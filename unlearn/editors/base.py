@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from probes.errors import UsageError
 from probes.records import ImageRecord, TokenRecord
@@ -140,10 +140,30 @@ class Editor(Protocol):
         """
 
     def passes(self, n_forget: int, n_retain: int) -> dict[str, int]:
-        """Forward and forward-plus-backward passes over records that the edit will take, for the plan."""
+        """Forward and forward-plus-backward passes over records that the edit will take, for the plan.
+
+        Those over records that earlier requests forgot come on top, see `Replaying`.
+        """
 
     def edit(self, context: EditContext, out: Path) -> EditResult:
         """Write the edited copy to `out`."""
+
+
+@runtime_checkable
+class Replaying(Protocol):
+    """What an editor has besides if it runs records that earlier requests forgot (`EditContext.earlier`)."""
+
+    def replay_passes(self, n_forget: int, n_earlier: int) -> dict[str, int]:
+        """Passes over earlier records, in the form of `Editor.passes`; none where there are none."""
+
+
+def planned_passes(editor: Editor, n_forget: int, n_retain: int, n_earlier: int = 0) -> dict[str, int]:
+    """Every pass over records that an edit will take at most, those over records forgotten earlier among them."""
+    found = dict(editor.passes(n_forget, n_retain))
+    if isinstance(editor, Replaying):
+        for kind, count in editor.replay_passes(n_forget, n_earlier).items():
+            found[kind] = found.get(kind, 0) + count
+    return found
 
 
 def make_editor(name: str, parameters: dict[str, Any]) -> Editor:

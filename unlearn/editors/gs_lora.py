@@ -54,7 +54,7 @@ from probes.likelihood import out_of_memory
 from probes.records import ImageRecord, TokenRecord
 from unlearn.checkpoints.checkpoint import write_edited
 from unlearn.editors.adapterfolder import write_adapter
-from unlearn.editors.base import EditContext, EditResult, Record
+from unlearn.editors.base import EditContext, EditResult, Record, planned_passes
 from unlearn.editors.groupsparse import Group, Grouping, groups_of, product_norm
 from unlearn.editors.gs_lora_training import Adapted, Side, Trainer
 from unlearn.editors.linearmaps import swapped
@@ -212,17 +212,22 @@ class GSLoRAEditor:
                 "the roles of the attention"
             ) from None
 
-    def passes(self, n_forget: int, n_retain: int, n_earlier: int = 0) -> dict[str, int]:
-        """Passes over records at most: those before and after training, and those of all steps planned."""
+    def passes(self, n_forget: int, n_retain: int) -> dict[str, int]:
+        """Passes over records at most: those before training, and those of all steps planned."""
         p = self.parameters
         steps = p.planned(n_forget)
         seen, kept = n_visited(n_forget, p.batch_size, steps), n_visited(n_retain, p.retain_batch_size, steps)
         forward = min(n_forget, seen) if p.plus else 0
         forward += min(n_retain, kept) if p.plus or p.stop_early else 0
-        if steps and p.earlier_weight and n_earlier:  # before and after training, and in each step
-            forward += 2 * n_earlier
-            seen += n_visited(n_earlier, p.earlier_batch_size, steps)
         return {"forward": forward, "forward_backward": seen + kept}
+
+    def replay_passes(self, n_forget: int, n_earlier: int) -> dict[str, int]:
+        """Passes over records forgotten earlier at most: one before and one after training, and those of all steps."""
+        p = self.parameters
+        steps = p.planned(n_forget)
+        if not steps or not p.earlier_weight or not n_earlier:
+            return {"forward": 0, "forward_backward": 0}
+        return {"forward": 2 * n_earlier, "forward_backward": n_visited(n_earlier, p.earlier_batch_size, steps)}
 
     def bound(self, model_map: ModelMap) -> float:
         """The bound on the forget loss, nats."""
@@ -277,7 +282,8 @@ class GSLoRAEditor:
     ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
         """The changes that are not zero in float64 on the CPU, statistics and warnings; the model is as before."""
         p, model_map = self.parameters, context.model_map
-        planned, ran = sum(self.passes(*map(len, (context.forget, context.retain, context.earlier))).values()), 0
+        sizes = (len(context.forget), len(context.retain), len(context.earlier))
+        planned, ran = sum(planned_passes(self, *sizes).values()), 0
 
         def progress(records: int) -> None:
             nonlocal ran

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from unlearn.checkpoints.checkpoint import Checkpoint
 
 
-def ledger_for(named: str | Path | None, out: str | Path | None, checkpoint: str) -> Ledger | None:
+def ledger_for(
+    named: str | Path | None, out: str | Path | None, checkpoint: str, *, entered: bool = True
+) -> Ledger | None:
     """The ledger that a forget run is entered in.
 
     The one that is named; else that of `UNLEARN_LEDGER` (empty: none is kept); else that of the store which the
@@ -41,6 +43,7 @@ def ledger_for(named: str | Path | None, out: str | Path | None, checkpoint: str
         named: the store, if the caller names one.
         out: the run folder, if the caller names one; otherwise it is made in the store.
         checkpoint: of the request.
+        entered: False for what is only planned: then the run folder may lie anywhere.
 
     Raises:
         UsageError: if the run folder would lie outside the store: then the ledger could not say where it is.
@@ -51,7 +54,7 @@ def ledger_for(named: str | Path | None, out: str | Path | None, checkpoint: str
     folder = Path(chosen) if chosen is not None else _store_of(checkpoint)
     if folder is None:
         folder = Path(out).parent if out is not None else Path("runs")
-    if out is not None and not Path(out).resolve().is_relative_to(folder.resolve()):
+    if entered and out is not None and not Path(out).resolve().is_relative_to(folder.resolve()):
         raise UsageError(
             f"expected --out inside the run store {folder}, whose ledger is kept, found it elsewhere; choose a folder "
             "in the store, or another --ledger"

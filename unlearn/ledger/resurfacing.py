@@ -29,6 +29,7 @@ from unlearn.evidence.metrics import Metric, clusters, find, values
 from unlearn.requests.presets import Criterion
 
 MARGIN = 0.05
+FOUND = {"causal_lm": "emitted", "image_classification": "correct"}  # column that says whether a record was found
 COMPARED = {"causal_lm": ("probability",), "image_classification": ("correct", "label_probability")}
 
 
@@ -79,7 +80,8 @@ def judge(
 
     Returns:
         `status` (met, not met, inconclusive) over all; `reason`; `margin`; `requests`: a row for each with n, records,
-        emitted (language: how many are emitted now), emitted_again, again (their pseudonyms), status, reason.
+        found_then (how many were emitted, of images recognised, after its own run; None where that is gone), emitted
+        (language: how many are emitted now), emitted_again, again (their pseudonyms), status, reason.
 
     Raises:
         IntegrityError: if the table has another number of rows than the parts have records.
@@ -107,7 +109,9 @@ def _judge(
     now: pd.DataFrame, control: pd.DataFrame | None, part: Part, task: str, margin: float, seed: int
 ) -> dict[str, Any]:
     then = part.then if part.then is not None and len(part.then) == len(now) else None
-    row: dict[str, Any] = {"n": part.n, "records": len(now), "emitted": None, "emitted_again": None, "again": []}
+    found_then = None if then is None else int(then[FOUND[task]].to_numpy(dtype=bool).sum())
+    row: dict[str, Any] = {"n": part.n, "records": len(now), "found_then": found_then}
+    row |= {"emitted": None, "emitted_again": None, "again": []}
     statuses, reasons = [], []
     if task == "causal_lm":
         emitted = now["emitted"].to_numpy(dtype=bool)
