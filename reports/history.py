@@ -60,6 +60,7 @@ def history(run: Path) -> Json:
                 "method": text_of(row.get("method")),
                 "finished": text_of(row.get("finished")),
                 "missing": text_of(row["missing"] or None),
+                "found_then": int_of((verdict or {}).get("found_then")),
                 "found_before": sums["before"],
                 "found_after": sums["after"],
                 "found_again": int_of((verdict or {}).get("emitted_again")),

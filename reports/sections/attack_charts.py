@@ -58,6 +58,8 @@ def line_chart(
     dashes: Sequence[int] = (),
     intervals: bool = False,
     share: bool = False,
+    from_zero: bool = False,
+    guide: Curve | None = None,
 ) -> list[Block]:
     """Lines with their bands, and the table of their values at `ROWS` places at most, evenly spread.
 
@@ -70,6 +72,8 @@ def line_chart(
         dashes: the pattern of each line; solid where there is none.
         intervals: the table gives each value's interval as well.
         share: the axis runs from 0 to 1 where all values lie there, so that a small rise looks small.
+        from_zero: the axis begins at 0 where no value is below.
+        guide: a level to read the lines against, which the caption names.
     """
     patterns = [*dashes, *[0] * len(lines)][: len(lines)]
     drawn = [
@@ -84,6 +88,8 @@ def line_chart(
     x, y = (Axis(curve[axis]["label"], log=curve[axis]["scale"] == "log") for axis in ("x", "y"))
     if share and all(0 <= up <= 1 for line in drawn for _, up in line.points):
         y = replace(y, low=0.0, high=1.0)
+    elif from_zero and all(up >= 0 for line in drawn for _, up in line.points):
+        y = replace(y, low=0.0)
     places = sorted({at for line in drawn for at, _ in line.points})
     whole = all(float(at).is_integer() for at in places)
     step = max(len(places) - 1, 1) / (ROWS - 1)
@@ -107,8 +113,9 @@ def line_chart(
     columns = (sentence_case(x.label) or "x", *(label for label, _ in lines))
     data = table(f"{title}: {y.label or 'values'}", columns, rows, source, range(1, len(columns)))
     data = replace(data, omitted=len(places) - len(kept), total=len(places))
-    svg = figures.curves(id_, f"{title}; the table below holds the data", drawn, x, y)
-    return [Chart(svg, f"{title}.{shaded}", f"{title}. {y.label} by {x.label}: {said}."), data]
+    level = f" Dashed: {guide.label} {number(guide.points[0][1])}." if guide and guide.points else ""
+    svg = figures.curves(id_, f"{title}; the table below holds the data", drawn, x, y, guide=guide)
+    return [Chart(svg, f"{title}.{shaded}{level}", f"{title}. {y.label} by {x.label}: {said}.{level}"), data]
 
 
 def _ends(series: Json) -> dict[float, tuple[float, float]]:

@@ -104,18 +104,19 @@ def _table(part: Json, audience: str) -> Table:
     optional = [
         (key, words)
         for key, words in (
+            ("found_then", "after its own run"),
             ("found_before", "before this edit"),
             ("found_after", "now"),
             ("found_again", "since its own run"),
         )
-        if any(row[key] is not None for row in rows)
+        if any(row[key] is not None for row in rows) or (key == "found_then" and _judged(part))
     ]
     lines = [
         [
             Cell(str(row["n"]), "\n".join(_known(row))),
             number_cell(row["records"]),
             Cell(row["verdict"], short_digest(row["checkpoint"])),
-            *(number_cell(row[key]) for key, _ in optional),
+            *(_count(row, key) for key, _ in optional),
             Cell(outcome(row), tone=TONES.get(row["status"], "muted")),
             Cell(short(_why(row, audience), 300), style="wide"),
         ]
@@ -132,6 +133,18 @@ def _table(part: Json, audience: str) -> Table:
         numeric,
         groups,
     )
+
+
+def _judged(part: Json) -> bool:
+    """Whether some earlier request was judged by figures of a known kind."""
+    return part["measure"] is not None and any(row["status"] is not None for row in part["earlier"])
+
+
+def _count(row: Json, key: str) -> Cell:
+    """How many records were found; what the request's own run found is not known where its table is gone."""
+    if key == "found_then" and row[key] is None:
+        return Cell("not known", tone="muted")
+    return number_cell(row[key])
 
 
 def _known(row: Json) -> list[str]:

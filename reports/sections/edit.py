@@ -19,6 +19,7 @@ from reports.blocks import (
 from reports.sections.active import active_blocks, groups_of
 from reports.sections.grid import grid, role_words
 from reports.sections.probe_parts import OVERLAPS, overlap_cell, part_cell
+from reports.sections.training import training_curves
 from reports.text import Json, number, plain, sentence_case, short, short_digest, words_of
 
 # Columns of an editor's own tables in reading order; a name that is not here is printed as it is and comes last.
@@ -71,7 +72,9 @@ def edit_section(report: Json, audience: str) -> list[Block] | str:
     edit = method["edit"]
     name = Cell(f"{method['name']} {method['version'] or ''}".strip(), method["paper"] or "")
     blocks: list[Block] = [Facts([("Method", name), *fact_pairs(method["parameters"])], "Method and parameters")]
-    blocks += _statistics(edit["statistics"], audience) if edit else []
+    if edit:
+        curves, rest = training_curves(edit["statistics"], method["parameters"])
+        blocks += [*_statistics(rest, audience), *curves]
     blocks += active_blocks(edit["statistics"], audience) if edit else []
     blocks += _data(method["importances"])
     blocks += [Prose(f"Warning: {text}", "open") for text in method["warnings"][:10]]

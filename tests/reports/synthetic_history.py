@@ -24,7 +24,9 @@ ORDER = ("not met", "inconclusive", "met")
 
 @dataclass(frozen=True)
 class Request:
-    """An earlier request: entry, records, outcome, how many are found before this edit, after it, after its own run."""
+    """An earlier request: entry, records, outcome, how many are found before this edit, after it, after its own run,
+    and whether the latter is known.
+    """
 
     n: int
     records: int = 2
@@ -32,6 +34,7 @@ class Request:
     before: int = 0
     after: int = 0
     then: int = 0
+    known: bool = True
     missing: str = ""
     method: str | None = None
     finished: str | None = None
@@ -137,6 +140,7 @@ def _judged(row: Request, task: str) -> Json:
     return {
         "n": row.n,
         "records": row.records,
+        "found_then": row.then if row.known else None,
         "emitted": row.after if text else None,
         "emitted_again": len(again) if text else None,
         "again": again,

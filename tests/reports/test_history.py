@@ -108,15 +108,15 @@ def test_a_run_without_a_ledger_reads_as_before(runs: dict[str, Path]) -> None:
 def test_the_figures_of_each_earlier_request(runs: dict[str, Path]) -> None:
     found = build(runs["came back"])["history"]
     assert [found[key] for key in ("status", "margin", "measure")] == ["not met", 0.05, "emitted"]
-    keys = ("n", "records", "found_before", "found_after", "found_again", "status", "missing")
+    keys = ("n", "records", "found_then", "found_before", "found_after", "found_again", "status", "missing")
     assert [tuple(row[key] for key in keys) for row in found["earlier"]] == [
-        (3, 2, 0, 2, 2, "not met", None),
-        (5, 3, 0, 0, 0, "met", None),
-        (7, 4, 0, 0, 0, "inconclusive", None),
+        (3, 2, 0, 0, 2, 2, "not met", None),
+        (5, 3, 0, 0, 0, 0, "met", None),
+        (7, 4, 0, 0, 0, 0, "inconclusive", None),
     ]
     assert found["earlier"][0]["again"] == BACK[0].names
     quiet = build(runs["quiet"])["history"]["earlier"][1]
-    assert (quiet["found_before"], quiet["found_after"], quiet["found_again"]) == (1, 1, 0)
+    assert [quiet[f"found_{when}"] for when in ("then", "before", "after", "again")] == [1, 1, 1, 0]
     purged = build(runs["purged"])["history"]["earlier"]  # the tables hold the second request's records alone
     assert [row["found_after"] for row in purged] == [None, 0]
     assert [row["status"] for row in purged] == [None, "met"]
@@ -128,10 +128,10 @@ def test_what_came_back_stands_in_the_table_with_its_reason(runs: dict[str, Path
     )
     assert [row[0] for row in engineer] == ["3", "5", "7"]
     assert engineer[0][1] == "2"
-    assert engineer[0][3:7] == ["0", "2", "2", "✕ came back"]
-    assert REASON["not met"] in engineer[0][7]
-    assert [row[6] for row in regulator] == ["✕ came back", "✓ did not come back", "? not decided"]
-    assert regulator[0][7] == "2 of 2 records written out word for word again"
+    assert engineer[0][3:8] == ["0", "0", "2", "2", "✕ came back"]
+    assert REASON["not met"] in engineer[0][8]
+    assert [row[7] for row in regulator] == ["✕ came back", "✓ did not come back", "? not decided"]
+    assert regulator[0][8] == "2 of 2 records written out word for word again"
     assert not any(REASON[status] in flat(document(runs["came back"], "regulator")) for status in REASON)
     text = part(runs["came back"])
     assert "1 of 3 earlier requests came back (entry 3). This fails the run, whatever its own criteria say." in text
@@ -207,6 +207,18 @@ def test_a_long_chain_is_cut_in_the_middle() -> None:
     assert [int(n) for n in re.findall(r">Copy (\d+)\.<", drawn)] == [0, 1, 2, 3, *range(22, 30)]
     assert "18 more copies" in drawn
     assert "more copies" not in chain("c", "title", links[:12])
+
+
+def test_what_the_own_run_found_is_not_known_where_it_is_gone(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = write_history_run(tmp_path / "run", (Request(3, 2, then=1, before=1, after=1), Request(5, 3, known=False)))
+    write(run)
+    cells = rows_of(document(run), "Earlier requests, oldest")
+    assert [row[3:6] for row in cells] == [["1", "1", "1"], ["not known", "0", "0"]]
+    assert [row[3] for row in rows_of(document(runs["purged"]), "Earlier requests, oldest")] == ["not known", "0"]
+    assert "after its own run" not in part(runs["stopped"])  # nothing was judged
+    alone = write_history_run(tmp_path / "alone", (Request(3, 2, known=False),))
+    write(alone)
+    assert [row[3] for row in rows_of(document(alone), "Earlier requests, oldest")] == ["not known"]
 
 
 def test_images_count_predicted_labels(runs: dict[str, Path]) -> None:

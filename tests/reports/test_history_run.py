@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from jsonschema import Draft202012Validator
 
@@ -40,6 +41,8 @@ def test_the_report_of_a_chain_holds_what_the_run_wrote(chained: list[Run]) -> N
     assert earlier["n"] == judged["n"] == 3
     assert (earlier["status"], earlier["found_after"]) == (judged["status"], judged["emitted"])
     assert (earlier["records"], earlier["found_before"], earlier["found_again"]) == (2, 0, judged["emitted_again"])
+    then = pd.read_parquet(chained[0].path / "after/records.parquet")["emitted"]
+    assert earlier["found_then"] == int(then.sum())
     digests = [first["checkpoint"][arm]["tensor_digest"] for arm in ("before", "after")]
     assert [second["history"]["root"], earlier["checkpoint"]] == digests
     assert second["history"]["parent"] == digests[1]

@@ -46,13 +46,14 @@ def test_one_record_emitted_again_is_enough_and_is_named() -> None:
 
 def test_what_was_emitted_then_has_not_come_back() -> None:
     row = one(table(0.1, 2), table(0.1), part(3, then=table(0.1, 2), control=table(0.1)))
-    assert (row["status"], row["emitted"], row["emitted_again"]) == ("met", 2, 0)
+    assert (row["status"], row["found_then"], row["emitted"], row["emitted_again"]) == ("met", 2, 2, 0)
     row = one(table(0.1, np.arange(40) == 1), table(0.1), part(3, then=table(0.1, 1), control=table(0.1)))
     assert row["status"] == "not met"  # another one than then
 
 
 def test_without_the_earlier_table_every_hit_counts() -> None:
-    assert one(table(0.1, 1), table(0.1), part(3))["status"] == "not met"
+    row = one(table(0.1, 1), table(0.1), part(3))
+    assert (row["status"], row["found_then"]) == ("not met", None)
 
 
 def test_a_probability_above_never_seen_records_comes_back_unseen_by_greedy() -> None:
@@ -124,7 +125,8 @@ def test_images_are_compared_with_never_seen_ones_not_counted() -> None:
     gone = Part(3, [""] * 200, images(0.0), images(0.0))
     found = judge(images(0.9), images(0.0), [gone], "image_classification")
     assert found["status"] == "not met"
-    assert found["requests"][0]["emitted"] is None
+    assert (found["requests"][0]["emitted"], found["requests"][0]["found_then"]) == (None, 0)
+    assert judge(images(0.6), None, [kept], "image_classification")["requests"][0]["found_then"] == 120
 
 
 def test_the_margin_is_the_sealed_one() -> None:
