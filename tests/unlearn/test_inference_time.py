@@ -323,7 +323,7 @@ def test_an_edit_alone_says_so(world: Path, tmp_path: Path, monkeypatch: pytest.
 
 def test_a_plan_says_that_the_weights_stay() -> None:
     planned = {"method": "m", "records": {"records": 3}, "tensors": 0, "parameters": 0, "of_parameters": 9}
-    planned |= {"passes": {"forward": 1}, "disk_bytes": 1, "drafted": []}
+    planned |= {"passes": {"forward": 1}, "disk_bytes": 1, "drafted": [], "earlier_gone": 0, "carried_out": None}
     assert "the original's stay in the copy's files" in plan_text(planned | {"inference_time": True})
     assert "the original's stay" not in plan_text(planned | {"inference_time": False})
 
