@@ -74,8 +74,7 @@ def edit_section(report: Json, audience: str) -> list[Block] | str:
     blocks: list[Block] = [Facts([("Method", name), *fact_pairs(method["parameters"])], "Method and parameters")]
     if edit:
         curves, rest = training_curves(edit["statistics"], method["parameters"])
-        blocks += [*_statistics(rest, audience), *curves]
-    blocks += active_blocks(edit["statistics"], audience) if edit else []
+        blocks += [*_statistics(rest, audience), *curves, *active_blocks(edit["statistics"], audience)]
     blocks += _data(method["importances"])
     blocks += [Prose(f"Warning: {text}", "open") for text in method["warnings"][:10]]
     if edit is None:
