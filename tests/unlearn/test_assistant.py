@@ -200,6 +200,37 @@ def test_training_equals_a_hand_written_loop(arch: str, options: dict[str, Any])
     json.dumps([found.part, found.parameters, found.statistics], allow_nan=False)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
+def test_frozen_blocks_run_once_a_row(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept of them changes nothing, and is not kept where there is no room for it."""
+    model = causal_lm(arch, dtype=torch.float64)
+    forget, retain = texts(5, 1), texts(4, 2)
+    p = parameters(blocks=2, first_block=1, steps=6, learning_rate=2e-3, batch_size=3, patience=2)
+    ran: list[int] = []
+    first = model.get_submodule(ModelMap.of(model).blocks[0].name)
+    first.register_forward_hook(lambda _m, _x, y: ran.append(len(y if isinstance(y, Tensor) else y[0])))
+
+    def run() -> tuple[Any, int]:
+        mine = context(model, forget, retain, seed=3, wordings=Wordings(forget))
+        ran.clear()
+        train_assistant(mine, p.model_copy(update={"steps": 0}))
+        mapping = sum(ran)  # the passes that a model map takes
+        return train_assistant(mine, p), sum(ran) - 2 * mapping
+
+    short, once = run()
+    rows = short.statistics["rows"]
+    held = rows["paraphrases_held_out"] + rows["perturbed_held_out"]
+    assert held
+    assert once == sum(rows.values())
+    monkeypatch.setattr(assistant, "STATES_KEPT", 1)
+    whole, often = run()
+    assert often > once
+    for name in ("forget_loss", "retain_divergence", "held_out_forget_loss", "held_out_retain_divergence"):
+        assert short.statistics[name] == pytest.approx(whole.statistics[name], rel=1e-5 if arch == "gemma2" else 1e-9)
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(short.tensors[name], tensor, rtol=1e-3 if arch == "gemma2" else 1e-5, atol=1e-7)
+
+
 def test_images_have_the_same_losses_on_labels() -> None:
     model = image_classifier("vit", dtype=torch.float64)
     forget, retain = pictures(3, 1), pictures(5, 2)

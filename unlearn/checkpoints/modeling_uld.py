@@ -368,7 +368,7 @@ def _backbone(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _caught(block: nn.Module) -> Iterator[list[Tensor]]:
+def caught_input(block: nn.Module) -> Iterator[list[Tensor]]:
     """The hidden states [B, T, d] that enter a block while this is open."""
     states: list[Tensor] = []
 
@@ -383,7 +383,7 @@ def _caught(block: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _given(block: nn.Module, hidden: Tensor) -> Iterator[None]:
+def given_input(block: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Let a block start from `hidden`, whatever is passed to it."""
 
     def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -984,9 +984,9 @@ class ULDForCausalLM(_Difference, GenerationMixin):  # type: ignore[misc]
         else:
             entry, own = self._entry
             shared = _fitting(target, shared)
-            with _caught(entry) as caught:
+            with caught_input(entry) as caught:
                 first = target(**shared, past_key_values=ours, use_cache=use_cache)
-            with _given(own, caught[0]):
+            with given_input(own, caught[0]):
                 second = assistant(**shared, past_key_values=theirs, use_cache=use_cache)
         states = torch.cat([first.last_hidden_state, second.last_hidden_state], dim=-1)  # [B, T, d + d_a]
         return BaseModelOutputWithPast(
@@ -1166,9 +1166,9 @@ class ULDForImageClassification(_Difference):
             ]
         else:
             entry, own = self._entry
-            with _caught(entry) as caught:
+            with caught_input(entry) as caught:
                 first = _head_input(self.target, self.config.head, inputs)
-            with _given(own, caught[0]):
+            with given_input(own, caught[0]):
                 states = [first, _head_input(assistant, self.config.head, inputs)]
         return BaseModelOutputWithPast(last_hidden_state=cast(Any, torch.cat(states, dim=-1)))
 

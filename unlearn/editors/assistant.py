@@ -33,7 +33,9 @@ underflows; its batches drop rows of the longer side (29 % of them at a ratio of
 other records for two of its three splits; its order of wordings depends on the interpreter's hash seed. It trains with
 dropout; here none is used. Of its results the epoch with the best forget quality is given, which takes the reference.
 
-Cost. A step takes K of the model's M blocks, and gradients with respect to adapters alone.
+Cost. A step takes K of the model's M blocks, and gradients with respect to adapters alone. What the blocks below
+`first_block` make of a row never changes: it is computed when the row first comes and kept, where that takes no more
+than `STATES_KEPT` bytes for all rows.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from probes import training
 from probes.classify import class_logits
@@ -62,7 +65,7 @@ from probes.records import ImageRecord, TokenRecord, length_batches, pad, predic
 from probes.taps import IMAGES
 from unlearn.checkpoints.checkpoint import open_checkpoint
 from unlearn.checkpoints.loading import tokenizer_digests
-from unlearn.checkpoints.modeling_uld import slice_blocks
+from unlearn.checkpoints.modeling_uld import caught_input, given_input, slice_blocks
 from unlearn.editors.base import EditContext, Progress, Record, Rewording
 from unlearn.editors.selection import count_or_auto
 from unlearn.editors.trainable import Count, Number, Positive, Size
@@ -76,6 +79,7 @@ Part = Annotated[float, Field(strict=True, gt=0, lt=1)]
 
 _PROVENANCE = ("_name_or_path", "name_or_path", "auto_map", "transformers_version")  # no part of what a model is
 KNOWN = 1.0  # nats a token: an assistant above this has not learnt the records by heart
+STATES_KEPT = 2**31  # bytes of the states that the frozen blocks below the adapters give
 WORDINGS = 2  # of each kind for every record, where `auto` decides: the paper's number
 
 
@@ -470,8 +474,38 @@ class Losses(ABC):
         """Sum of the losses of a part, divided by `total`."""
 
 
+class _Upper:
+    """The blocks of a language model from the first adapted one on, and those below, which are frozen.
+
+    Args:
+        base: its adapters are in place; both parts are on its storage.
+    """
+
+    def __init__(self, base: _Base) -> None:
+        whole, path, first = base.model_map.model, base.path, base.first
+        parts = slice_blocks(whole, path, 0, first + 1), slice_blocks(whole, path, first, base.last)
+        self._lower, self._backbone = (base.model_map.backbone(part) for part in parts)
+        self._entry = parts[0].get_submodule(f"{path}.{first}")
+        self._own = parts[1].get_submodule(f"{path}.0")
+
+    def below(self, ids: Tensor) -> Tensor:
+        """[B, T, d] what enters the first adapted block."""
+        with torch.no_grad(), caught_input(self._entry) as caught:
+            self._lower(input_ids=ids, use_cache=False)
+        return caught[0]
+
+    def __call__(self, ids: Tensor, entering: Tensor) -> Tensor:
+        """[B, T, d] final hidden states from what enters."""
+        with given_input(self._own, entering):
+            hidden: Tensor = self._backbone(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden
+
+
 class TextLosses(Losses):
     """Of texts; what is predicted are completions.
+
+    Attributes:
+        upper: what runs for a row whose states below are known; None runs all of the model.
 
     Raises:
         UnsupportedError: token ids that the model does not have.
@@ -481,6 +515,8 @@ class TextLosses(Losses):
         check_records(records, model_map.vocab_size)
         self._map, self._records = model_map, records
         self._device = next(model_map.model.parameters()).device
+        self.upper: _Upper | None = None
+        self._below: dict[int, Tensor] = {}  # [T_i, d] of each row that came, on the CPU
 
     def length(self, row: int) -> int:
         return self._records[row].n_tokens
@@ -492,13 +528,30 @@ class TextLosses(Losses):
     def part(self, rows: Sequence[int], total: int, to_uniform: bool) -> Tensor:
         batch = [self._records[i] for i in rows]
         ids, _ = pad(batch, self._device)  # [B, T]; no mask, see `probes.likelihood`
-        hidden = self._map.backbone()(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, d]
-        states = hidden[predicting(batch, ids)]  # [N, d]
+        states = self._hidden(rows, ids)[predicting(batch, ids)]  # [N, d]
         weights = torch.full((len(states),), 1.0 / total, device=self._device, dtype=sum_type(states))  # [N]
         if to_uniform:
             return uniform(self._map, states, weights)
         labels = torch.tensor([token for record in batch for token in record.completion], device=self._device)  # [N]
         return cross_entropy(self._map, states, labels, weights)
+
+    def states_size(self) -> int:
+        """Bytes of the hidden states of all rows at one block."""
+        head = cast(nn.Linear, self._map.model.get_submodule(self._map.head))
+        return sum(len(record.ids) for record in self._records) * head.in_features * head.weight.element_size()
+
+    def _hidden(self, rows: Sequence[int], ids: Tensor) -> Tensor:
+        """Final hidden states [B, T, d] of some rows, padded to `ids` [B, T]."""
+        if self.upper is None:
+            hidden: Tensor = self._map.backbone()(input_ids=ids, use_cache=False).last_hidden_state
+            return hidden
+        new = [row for row in dict.fromkeys(rows) if row not in self._below]
+        if new:
+            unseen, _ = pad([self._records[row] for row in new], self._device)
+            for row, states in zip(new, self.upper.below(unseen), strict=True):
+                self._below[row] = states[: len(self._records[row].ids)].to("cpu", copy=True)
+        entering = pad_sequence([self._below[row] for row in rows], batch_first=True)  # [B, T, d]
+        return self.upper(ids, entering.to(self._device))
 
 
 class ImageLosses(Losses):
@@ -629,6 +682,7 @@ def _train(context: EditContext, p: AssistantParameters, base: _Base, rows: Rows
         first_block=base.first,
         seed=context.seed,
     ) as pairs:
+        _shorten(base, [forget, retain] if watch is None else [forget, retain, watch.forget, watch.retain])
         if steps:
             training.fit(
                 pairs,
@@ -679,6 +733,16 @@ def _train(context: EditContext, p: AssistantParameters, base: _Base, rows: Rows
         },
         warnings=lines,
     )
+
+
+def _shorten(base: _Base, losses: Sequence[Losses]) -> None:
+    """Let losses of texts run the blocks below the adapters once a row, where what these give can be kept."""
+    texts = [one for one in losses if isinstance(one, TextLosses)]
+    if not base.first or base.external is not None or sum(one.states_size() for one in texts) > STATES_KEPT:
+        return
+    upper = _Upper(base)
+    for one in texts:
+        one.upper = upper
 
 
 def _too_short(context: EditContext, base: _Base) -> list[str]:
