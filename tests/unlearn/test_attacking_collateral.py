@@ -237,20 +237,28 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
         torch.manual_seed(1)
         return {
             "results": {
-                "arc": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.25},
+                "arc": {
+                    "alias": "arc",
+                    "sample_len": 50,
+                    "acc,none": 0.5,
+                    "acc_stderr,none": 0.1,
+                    "acc_norm,none": 0.25,
+                },
                 "odd": {"alias": "odd", "f1,none": float("nan")},
             },
             "n-samples": {"arc": {"original": 50, "effective": 10}},
         }
 
-    package, inner, models = (
+    package, inner, models, tasks = (
         ModuleType("lm_eval"),
         ModuleType("lm_eval.models"),
         ModuleType("lm_eval.models.huggingface"),
+        ModuleType("lm_eval.tasks"),
     )
     package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     models.HFLM = Wrapped  # type: ignore[attr-defined]
-    for module in (package, inner, models):
+    tasks.TaskManager = lambda: SimpleNamespace(all_tasks=["arc", "odd"])  # type: ignore[attr-defined]
+    for module in (package, inner, models, tasks):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return made
 
@@ -291,6 +299,53 @@ def test_lm_eval_runs_without_its_caches_and_offline(
     assert np.random.get_state()[1].tolist() == states[1]  # type: ignore[index]
     assert torch.equal(torch.get_rng_state(), states[2])
     assert all(torch.equal(p, before[n]) and p.requires_grad for n, p in seen.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("task", "message"), [("ark", "expected tasks of lm_eval by name"), ("/nowhere/arc.yaml", "found nothing at")]
+)
+def test_a_task_that_lm_eval_does_not_know(calls: list[dict[str, Any]], task: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        collateral.lm_eval(views(), SETTINGS | {"tasks": ("arc", task)})
+    assert not calls
+
+
+TASK = """task: words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {items}}}, cache_dir: {cache}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_the_real_package_with_a_task_of_ones_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Against the same choice made by hand: the option with the larger summed log-probability."""
+    pytest.importorskip("lm_eval")
+    items = [
+        {"question": f"{'abcdefg'[i]} b", "choices": [" c d", " e", " f g a"], "gold": (i * i) % 3} for i in range(7)
+    ]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "words.yaml").write_text(TASK.format(items=tmp_path / "items.jsonl", cache=tmp_path / "cache"))
+    seen = views()
+    right = 0
+    for item in items:
+        sums = []
+        for choice in item["choices"]:  # type: ignore[attr-defined]
+            prompt = seen.tokenizer(item["question"], add_special_tokens=False)["input_ids"]
+            ids = seen.tokenizer(f"{item['question']}{choice}", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                table = seen.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            sums.append(sum(float(table[i - 1, ids[i]]) for i in range(len(prompt), len(ids))))
+        right += int(np.argmax(sums)) == item["gold"]
+    result = collateral.lm_eval(seen, SETTINGS | {"tasks": (str(tmp_path / "words.yaml"),), "limit": None})
+    assert set(result.figures) == {"words.acc"}
+    assert result.figures["words.acc"]["value"] == pytest.approx(right / 7)
+    assert result.figures["words.acc"]["n"] == 7
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_lm_eval_that_fails_leaves_everything_as_it_was(

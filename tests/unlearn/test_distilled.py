@@ -665,6 +665,23 @@ def test_an_external_assistant_can_teach(planted: Checkpoint, tmp_path: Path) ->
     assert str(tmp_path) not in json.dumps(result.parameters)
 
 
+def test_the_assistant_of_an_earlier_copy_teaches_as_one_trained_here(planted: Checkpoint, tmp_path: Path) -> None:
+    whole = edit(planted, tmp_path / "whole", SMALL, texts=Reworded(FORGET))
+    assert planted.path is not None
+    teacher = {name: value for name, value in SMALL.items() if name != "student"}
+    model = planted.load_model("float32")
+    context = EditContext(planted, model, ModelMap.of(model), FORGET, RETAIN, 0, tmp_path, texts=Reworded(FORGET))
+    make_editor("uld", teacher).edit(context, tmp_path / "uld")
+    given = {"student": SMALL["student"], "assistant": str(tmp_path / "uld")}
+    later = edit(planted, tmp_path / "later", given, texts=Reworded(FORGET))
+    assert later.deltas.tensor_digest == whole.deltas.tensor_digest != planted.tensor_digest()
+    assert later.statistics["assistant"]["taken_from"] == open_checkpoint(tmp_path / "uld").tensor_digest()
+    assert later.statistics["assistant"]["decode_share"] == whole.statistics["assistant"]["decode_share"]
+    editors = make_editor("uld_distilled", given), make_editor("uld_distilled", SMALL)
+    assert editors[0].passes(8, 24)["forward_backward"] < editors[1].passes(8, 24)["forward_backward"]
+    assert str(tmp_path) not in json.dumps(later.parameters)
+
+
 def test_a_head_that_trains_teaches_as_it_was(tmp_path: Path) -> None:
     """Teacher and student share the embedding, which is the head too: the copy is still what was trained."""
     checkpoint = open_checkpoint(save(causal_lm("gpt2"), tokenizer(), tmp_path / "source"))

@@ -69,6 +69,39 @@ def greedy(model: Any, prompt: Sequence[int], n: int) -> list[int]:
     return found[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
+# ----------------------------------------------------------------------------------------- an assistant trained before
+
+
+@pytest.mark.parametrize("arch", ["llama", "vit"])
+def test_an_earlier_copy_gives_its_assistant_to_another_rule(arch: str, tmp_path: Path) -> None:
+    """The same files as training again with the new rule; not of another checkpoint, nor of one that learnt nothing."""
+    made = image_classifier("vit") if arch == "vit" else causal_lm(arch)
+    source = open_checkpoint(save(made, None if arch == "vit" else tokenizer(), tmp_path / "source"))
+    sides = (pictures(4, 1), pictures(4, 2)) if arch == "vit" else None
+    options = SMALL | {"blocks": 2, "first_block": 1}
+    run(source, tmp_path / "first", options, sides)
+    again = run(source, tmp_path / "again", options | {"alpha": 1.25}, sides)
+    rule = {"alpha": 1.25, "rank_share": SMALL["rank_share"]}
+    taken = run(source, tmp_path / "taken", rule | {"assistant": str(tmp_path / "first")}, sides)
+    assert taken.deltas.tensor_digest == again.deltas.tensor_digest
+    for path in (tmp_path / "again").iterdir():
+        assert (tmp_path / "taken" / path.name).read_bytes() == path.read_bytes()
+    assert taken.statistics["taken_from"] == open_checkpoint(tmp_path / "first").tensor_digest()
+    assert taken.parameters["assistant"] == "first"
+    assert taken.parameters["alpha"] == 1.25
+    assert not any("nothing is taken away" in line for line in taken.warnings)
+    assert assistant_passes(ULDParameters(assistant=str(tmp_path / "first")), 50)["forward_backward"] == 0
+
+    other = image_classifier("vit", seed=1) if arch == "vit" else causal_lm(arch, seed=1)
+    stranger = open_checkpoint(save(other, None if arch == "vit" else tokenizer(), tmp_path / "stranger"))
+    with pytest.raises(UsageError, match="found one of other weights"):
+        run(stranger, tmp_path / "wrong", {"assistant": str(tmp_path / "first")}, sides)
+    run(source, tmp_path / "nothing", options | {"steps": 0}, sides)
+    with pytest.raises(UsageError, match="takes nothing away"):
+        run(source, tmp_path / "wrong", {"assistant": str(tmp_path / "nothing")}, sides)
+    assert not (tmp_path / "wrong").exists()
+
+
 # ---------------------------------------------------------------------------------------------------- what is forgotten
 
 
@@ -276,8 +309,6 @@ def test_a_difference_is_not_edited_again(llama: Checkpoint, tmp_path: Path) -> 
     with pytest.raises(UnsupportedError, match="a difference of two; edit its original"):
         run(open_checkpoint(tmp_path / "out"), tmp_path / "again", SMALL)
     assert not (tmp_path / "again").exists()
-    with pytest.raises(UsageError, match="found a difference of two models"):
-        run(llama, tmp_path / "beside", SMALL | {"assistant": str(tmp_path / "out")})
 
 
 def test_no_folder_is_left_by_what_fails(llama: Checkpoint, tmp_path: Path) -> None:

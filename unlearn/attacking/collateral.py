@@ -4,12 +4,15 @@ folder; on the edited copy the change of the same items is added, paired.
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -242,14 +245,17 @@ def lm_eval(views: Views, settings: dict[str, Any]) -> Result:
         raise UsageError("it needs a tokenizer")
     try:
         evaluator, models = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
+        manager = import_module("lm_eval.tasks").TaskManager()
     except ImportError:
         raise ResourceError("expected the package lm_eval, found none; install it with: pip install lm-eval") from None
+    _expect_known(settings["tasks"], manager.all_tasks)
     try:
-        with _offline(), _random_state(), inference(views.model):
+        with _offline(), _quiet(), _random_state(), inference(views.model):
             wrapped = models.HFLM(pretrained=views.model, tokenizer=views.tokenizer, batch_size=settings["batch"])
             found = evaluator.simple_evaluate(
                 model=wrapped,
                 tasks=list(settings["tasks"]),
+                task_manager=manager,
                 num_fewshot=settings["shots"],
                 limit=settings["limit"],
                 use_cache=None,
@@ -384,6 +390,19 @@ def _until(ids: Sequence[int], ends: set[int]) -> Sequence[int]:
 # --- lm_eval --------------------------------------------------------------------------------------------------------
 
 
+def _expect_known(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse names that lm_eval does not know; a YAML file with a task of one's own, or a pattern, is no name."""
+    for task in tasks:
+        if task.endswith((".yaml", ".yml")):
+            if not Path(task).is_file():
+                raise UsageError(f"expected the YAML file of a task of lm_eval, found nothing at {task}; mend the path")
+        elif "*" not in task and task not in known:
+            raise UsageError(
+                f"expected tasks of lm_eval by name, or YAML files with tasks of your own, found {task}; names are in: "
+                "lm_eval ls tasks"
+            )
+
+
 def _benchmarks(found: dict[str, Any], settings: dict[str, Any]) -> Result:
     """Figures of lm_eval's answer: every metric of every task, with its standard error in a table."""
     result = Result(bounds=None)
@@ -394,7 +413,7 @@ def _benchmarks(found: dict[str, Any], settings: dict[str, Any]) -> Result:
         for name in sorted(metrics):
             metric, _, how = name.partition(",")
             value, error = metrics[name], metrics.get(f"{metric}_stderr,{how}")
-            if metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, (int, float)):
+            if not how or metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
             key = f"{task}.{metric}"
             if not np.isfinite(value) or key in result.figures:
@@ -437,6 +456,22 @@ def _offline() -> Iterator[None]:
             os.environ.pop(name, None)
             if before is not None:
                 os.environ[name] = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, no advice, and nothing from the programs that lm_eval starts, between the lines of a run."""
+    logger = logging.getLogger("lm_eval")
+    before, errors = logger.level, os.dup(2)
+    try:
+        logger.setLevel(logging.ERROR)
+        with open(os.devnull, "w") as nowhere, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            os.dup2(nowhere.fileno(), 2)  # where git says that it finds no version of lm_eval
+            yield
+    finally:
+        os.dup2(errors, 2)
+        os.close(errors)
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from functools import cached_property
 from importlib.util import find_spec
@@ -219,7 +219,7 @@ class PickleCheckpoint(FolderCheckpoint):
     @cached_property
     def _identity(self) -> Identity:
         return Identity(
-            folders.manifest_of(self.path, folders.list_files(self.path)), _digest(self._opened, str(self.path))
+            folders.manifest_of(self.path, folders.list_files(self.path)), digest_of(self._opened, str(self.path))
         )
 
 
@@ -275,7 +275,7 @@ class GgufCheckpoint(Checkpoint):
 
     @cached_property
     def _identity(self) -> Identity:
-        return Identity(folders.manifest_of(self.path.parent, [self.path.name]), _digest(self._shards, self.name))
+        return Identity(folders.manifest_of(self.path.parent, [self.path.name]), digest_of(self._shards, self.name))
 
     @property
     def _config_object(self) -> Any:
@@ -348,7 +348,7 @@ class LiveCheckpoint(Checkpoint):
 
     @property
     def _identity(self) -> Identity:
-        return Identity([], _digest(self._shards, self.name))
+        return Identity([], digest_of(self._shards, self.name))
 
     def _load_model(self, dtype: str, device: str) -> nn.Module:
         from unlearn.checkpoints.loading import converted, is_as
@@ -419,7 +419,8 @@ def _one_shard(tensors: dict[str, torch.Tensor]) -> list[Shard]:
     return [Shard(folders.WEIGHTS, header, tuple(infos), lambda info: bytearray(as_bytes(tensors[info.name])))]
 
 
-def _digest(shards: list[Shard], where: str) -> str:
+def digest_of(shards: Sequence[Shard], where: str) -> str:
+    """Tensor digest of weights that may be in memory."""
     lines = []
     for shard in shards:
         for info in shard.tensors:

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from probes.errors import UsageError
-from unlearn.checkpoints.checkpoint import FolderCheckpoint
+from unlearn.checkpoints.checkpoint import FolderCheckpoint, digest_of
 from unlearn.checkpoints.manifest import ASSISTANT, RULE
 from unlearn.checkpoints.tensorfile import as_tensor
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -107,10 +108,23 @@ class DifferenceCheckpoint(FolderCheckpoint):
 
         causal = self.task == "causal_lm"
         kind: Any = modeling_uld.ULDForCausalLM if causal else modeling_uld.ULDForImageClassification
-        [shard] = [shard for shard in self._shards if shard.name == ASSISTANT]
-        tensors = {info.name: as_tensor(info, shard.load(info)) for info in shard.tensors}
+        tensors = self._stored()
         with transformers_errors(str(self.path)):
             return cast("nn.Module", kind.over(target, self._config_object, tensors))
+
+    def target_digest(self) -> str:
+        """Tensor digest of the target's weights alone: that of the checkpoint the folder was made from."""
+        return digest_of([shard for shard in self._shards if shard.name != ASSISTANT], str(self.path))
+
+    def assistant(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """How the assistant is built, as a ULD configuration has it, and its tensors by name in its file."""
+        tensors = self._stored()
+        del tensors[RULE]
+        return copy.deepcopy(self.config["assistant"]), tensors
+
+    def _stored(self) -> dict[str, torch.Tensor]:
+        [shard] = [shard for shard in self._shards if shard.name == ASSISTANT]
+        return {info.name: as_tensor(info, shard.load(info)) for info in shard.tensors}
 
     def _tokenizer_options(self) -> dict[str, Any]:
         return {"config": self._target_config}

@@ -26,7 +26,9 @@ the adapters of the best epoch are kept. The records themselves, which the audit
 nothing. Without both kinds of wordings every epoch is run.
 
 An image classifier is the same with one label in place of answer tokens and no wordings. An external assistant is
-another causal language model with the same vocabulary: it is copied, trained with LoRA alike, and stored whole.
+another causal language model with the same vocabulary: it is copied, trained with LoRA alike, and stored whole. Where a
+copy that `uld` wrote of the same checkpoint is named instead, its assistant is taken as it is and nothing trains: for
+another rule, or for a student.
 
 Departures from the released code. Its uniform term counts prompts and padding and is infinite where a probability
 underflows; its batches drop rows of the longer side (29 % of them at a ratio of 1.4); its wrong answers are those of
@@ -65,6 +67,7 @@ from probes.records import ImageRecord, TokenRecord, length_batches, pad, predic
 from probes.taps import IMAGES
 from unlearn.checkpoints.checkpoint import open_checkpoint
 from unlearn.checkpoints.loading import tokenizer_digests
+from unlearn.checkpoints.manifest import is_difference
 from unlearn.checkpoints.modeling_uld import caught_input, given_input, slice_blocks
 from unlearn.editors.base import EditContext, Progress, Record, Rewording
 from unlearn.editors.selection import count_or_auto
@@ -73,6 +76,7 @@ from unlearn.requests.yamlfile import Schema
 
 if TYPE_CHECKING:
     from unlearn.checkpoints.checkpoint import Checkpoint
+    from unlearn.checkpoints.difference import DifferenceCheckpoint
 
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Part = Annotated[float, Field(strict=True, gt=0, lt=1)]
@@ -117,7 +121,8 @@ class AssistantParameters(Schema):
         held_out: share of the records whose wordings do not train and decide when to stop.
         patience: training ends after so many epochs without a lower loss on the wordings held out; None runs every
             epoch and holds nothing out.
-        assistant: folder of an external assistant in place of the model's own blocks, or None.
+        assistant: folder of an external assistant in place of the model's own blocks, or of a copy that `uld` wrote of
+            the same checkpoint, whose assistant is then taken as it is; or None.
     """
 
     blocks: Annotated[int | Literal["auto"], count_or_auto(1)] = "auto"
@@ -179,6 +184,7 @@ class TrainedAssistant:
         parameters: resolved hyper-parameters, automatic choices included, paths by their last part.
         statistics: numbers about the training, for `edit/delta.json`.
         warnings: one line each, for the report.
+        taken: it was trained before, and is taken from a folder.
     """
 
     part: dict[str, Any]
@@ -187,10 +193,16 @@ class TrainedAssistant:
     parameters: dict[str, Any]
     statistics: dict[str, Any]
     warnings: list[str]
+    taken: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether it never learnt anything, so that there is nothing to subtract."""
+        return not self.steps and not self.taken
 
 
 def train_assistant(context: EditContext, p: AssistantParameters) -> TrainedAssistant:
-    """Train an assistant; the model is left as it was found.
+    """Train an assistant, or take one that was trained before; the model is left as it was found.
 
     Raises:
         UsageError: nothing to forget or to keep, more blocks than the model has, unknown roles, wordings asked for
@@ -202,6 +214,8 @@ def train_assistant(context: EditContext, p: AssistantParameters) -> TrainedAssi
     if not context.forget or not context.retain:
         which = "retain records" if context.forget else "records to forget"
         raise UsageError(f"expected {which} for an assistant, found none; give some")
+    if p.assistant is not None and is_difference(Path(p.assistant).expanduser()):
+        return _taken(context, p, p.assistant)
     base = _blocks(context, p) if p.assistant is None else _external(context, p.assistant, p.first_block)
     rows = gather(context, p)
     try:
@@ -274,13 +288,11 @@ def _external(context: EditContext, where: str, first: int) -> _Base:
             f"{where}: expected the folder of an assistant, found nothing there; a relative path starts at the working "
             "folder"
         )
-    checkpoint = open_checkpoint(path) if context.source.kind == "live" else context.source.reopen(path)
+    checkpoint = _opened(context, path)
     if checkpoint.task != "causal_lm":
         raise UsageError(f"{where}: expected a causal language model as the assistant, found an image classifier")
     weight = next(context.model.parameters())
     model_map = ModelMap.of(checkpoint.load_model(str(weight.dtype).removeprefix("torch."), str(weight.device)))
-    if model_map.composite:
-        raise UsageError(f"{where}: expected an assistant with weights of its own, found a difference of two models")
     if model_map.vocab_size != context.model_map.vocab_size:
         raise UsageError(
             f"{where}: expected an assistant with the model's vocabulary of {context.model_map.vocab_size}, found "
@@ -294,6 +306,37 @@ def _external(context: EditContext, where: str, first: int) -> _Base:
         found = f"found {first}; lower it"
         raise UsageError(f"expected `first_block` below the assistant's {len(model_map.blocks)} blocks, {found}")
     return _Base(model_map, first, len(model_map.blocks), "", checkpoint)
+
+
+def _opened(context: EditContext, path: Path) -> Checkpoint:
+    return open_checkpoint(path) if context.source.kind == "live" else context.source.reopen(path)
+
+
+def _taken(context: EditContext, p: AssistantParameters, where: str) -> TrainedAssistant:
+    """The assistant of a copy that `uld` wrote of the same checkpoint."""
+    found = cast("DifferenceCheckpoint", _opened(context, Path(where).expanduser()))
+    if found.target_digest() != context.source.tensor_digest():
+        raise UsageError(
+            f"{where}: expected a copy that uld wrote of the checkpoint to edit, found one of other weights; train an "
+            "assistant for this one"
+        )
+    if not found.config["alpha"]:
+        raise UsageError(f"{where}: expected a trained assistant, found a copy that takes nothing away; use another")
+    part, tensors = found.assistant()
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    statistics: dict[str, Any] = {"steps": 0, "taken_from": found.tensor_digest(), "added_elements": elements}
+    if part["kind"] == "blocks":
+        same = p.model_copy(update={"blocks": part["last"], "first_block": part["first"]})
+        statistics |= _costs(context.model_map, _blocks(context, same))
+    return TrainedAssistant(
+        part=part,
+        tensors=tensors,
+        steps=0,
+        parameters={"assistant": Path(where).name, "steps": 0},
+        statistics=statistics,
+        warnings=["the assistant is that of an earlier copy, as it is: the options of its training were not used here"],
+        taken=True,
+    )
 
 
 def _same_tokens(source: Checkpoint, other: Checkpoint) -> bool:
@@ -738,7 +781,7 @@ def _train(context: EditContext, p: AssistantParameters, base: _Base, rows: Rows
 def _shorten(base: _Base, losses: Sequence[Losses]) -> None:
     """Let losses of texts run the blocks below the adapters once a row, where what these give can be kept."""
     texts = [one for one in losses if isinstance(one, TextLosses)]
-    if not base.first or base.external is not None or sum(one.states_size() for one in texts) > STATES_KEPT:
+    if not texts or not base.first or base.external or sum(one.states_size() for one in texts) > STATES_KEPT:
         return
     upper = _Upper(base)
     for one in texts:

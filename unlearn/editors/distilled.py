@@ -164,7 +164,7 @@ class ULDDistilledEditor:
         stages = _Stages(context, rest)
         with _modes_kept(context.model):
             trained = train_assistant(stages.first(), p if teaches else p.model_copy(update={"steps": 0}))
-            if teaches and trained.steps:
+            if teaches and not trained.empty:
                 course, changes, sizes = self._learn(context, trained, rows, names, stages)
         deltas = write_edited(
             context.source, out, Added(context.source.disk_tensors(context.model, changes, missing=0.0))

@@ -35,7 +35,7 @@ from torch import Tensor
 from probes.errors import UnsupportedError
 from unlearn.checkpoints.checkpoint import write_edited
 from unlearn.checkpoints.difference import remote_code
-from unlearn.checkpoints.manifest import ASSISTANT
+from unlearn.checkpoints.manifest import ASSISTANT, is_difference
 from unlearn.checkpoints.modeling_uld import (
     CODE_FILE,
     RULE_TENSOR,
@@ -163,10 +163,10 @@ class ULDEditor:
         p = self.parameters
         expect_single(context.model_map)
         trained = train_assistant(context, p)
-        rule = p.rule(trained.steps > 0)
+        rule = p.rule(not trained.empty)
         config = configuration(context, trained, rule)
         warnings = list(trained.warnings)
-        if not trained.steps or not p.alpha:
+        if trained.empty or not p.alpha:
             warnings.append("nothing is taken away: the copy answers as the original does")
         deltas = write_edited(
             context.source,
@@ -185,6 +185,8 @@ class ULDEditor:
 
 def assistant_passes(p: AssistantParameters, n_forget: int) -> dict[str, int]:
     """Passes of rows through the assistant in its training, at most; see `ULDEditor.passes`."""
+    if p.assistant is not None and is_difference(Path(p.assistant).expanduser()):  # taken as it is
+        return {"forward": 0, "forward_backward": 0}
     paraphrases = WORDINGS if p.paraphrases == "auto" else p.paraphrases
     rows = n_forget * (1 + (paraphrases if p.rewording() else 0))
     steps = p.planned(rows) if p.learning_rate else 0

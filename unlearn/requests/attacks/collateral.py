@@ -84,7 +84,7 @@ class LmEval(Schema):
     """Benchmarks of the package lm_eval, from what is on this machine already.
 
     Attributes:
-        tasks: their names there.
+        tasks: their names there, or paths of YAML files with tasks of your own, in lm_eval's format.
         limit: items of each task; null for all.
         shots: examples in front of each item; null for the task's own number.
         batch: items at once.
