@@ -92,7 +92,8 @@ def harmonic(retained: float, drop: float) -> float:
     return 2 * retained * drop / (retained + drop) if retained > 0 and drop > 0 else 0.0
 
 
-def _digits() -> tuple[list[ImageRecord], list[ImageRecord]]:
+def digits() -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Halves of scikit-learn's digits: to train on and to measure on."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -102,10 +103,12 @@ def _digits() -> tuple[list[ImageRecord], list[ImageRecord]]:
     return records[: len(records) // 2], records[len(records) // 2 :]
 
 
-def _trained(records: Sequence[ImageRecord], seed: int, steps: int) -> ViTForImageClassification:
+def trained(records: Sequence[ImageRecord], seed: int, steps: int, classes: int = 10) -> ViTForImageClassification:
+    """A ViT of six blocks that reads square images as 4 by 4 patches."""
+    size = records[0].pixels.shape[-1]
     config = ViTConfig(
-        hidden_size=48, num_hidden_layers=6, num_attention_heads=4, intermediate_size=96, image_size=8, patch_size=2,
-        num_channels=1, num_labels=10, initializer_range=0.1
+        hidden_size=48, num_hidden_layers=6, num_attention_heads=4, intermediate_size=96, image_size=size,
+        patch_size=size // 4, num_channels=1, num_labels=classes, initializer_range=0.1
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -161,7 +164,7 @@ def _sequence(
         retain = _few(retain, SHOTS) if few else retain
         active = None
         if method == "retraining":
-            model, before = _trained(retain, seed + 100, steps), _accuracy(first, here)
+            model, before = trained(retain, seed + 100, steps), _accuracy(first, here)
         else:
             out = folder / str(k + 1)
             mine, past = ([r for r in known if r.label in those] for those in (classes, range(classes[0])))
@@ -183,9 +186,9 @@ def _sequence(
 
 def run(subject: Subject) -> Iterator[Task]:
     """A row for each method and request."""
-    known, unseen = _digits()
+    known, unseen = digits()
     seeds, steps = (range(1), 30) if subject.tiny else (range(3), 300)
-    firsts = [_trained(known, seed, steps) for seed in seeds]
+    firsts = [trained(known, seed, steps) for seed in seeds]
     cases = [(method, False) for method in (*METHODS, "retraining")]
     cases += [(method, True) for method in ("GS-LoRA", "GS-LoRA++", "gradient difference")]
     for method, few in cases:

@@ -4,7 +4,11 @@
 
 That is the few-shot case of arXiv 2501.09705 as its code draws it (4 images of each class on both sides, prototypes
 from the same images under the checkpoint of each task); in the `few-shot` rows of `benchmarks.gs_lora` only the data
-to keep are few. Models, classes and figures are those of `benchmarks.gs_lora`: four requests of two classes each.
+to keep are few. Figures are those of `benchmarks.gs_lora`, on one of two sets of images:
+
+    digits   its own, with its model: four requests of two of ten classes each
+    letters  60 characters (A to Z, 0 to 9, alpha to omega) in ten fonts, turned, shifted, with noise, 16 by 16 pixels:
+             one request of half of the classes, the published case of 50 of 100 faces, on a model of the same form
 
 A seed gives the first model, the images and the edits, and both methods get the same three. The means over the four
 requests of a seed are compared in pairs, with an interval of the mean difference over seeds.
@@ -21,14 +25,17 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.gs_lora import TASKS, _digits, _trained, harmonic
+from benchmarks.gs_lora import TASKS, digits, harmonic, trained
 from probes.classify import score_images
 from probes.modelmap import ModelMap
 from probes.records import ImageRecord
@@ -56,12 +63,61 @@ TRIED: dict[str, dict[str, dict[str, Any]]] = {
 CHOSEN = {"GS-LoRA": "as shipped", "GS-LoRA++": "weights 5, 5"}
 FIGURES = {"forgotten": "Acc_f", "earlier": "Acc_o", "retained": "Acc_r", "change": "change of Acc_r", "harmonic": "H"}
 Row = dict[str, Any]
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789" + "".join(chr(c) for c in range(0x3B1, 0x3CA) if c != 0x3C2)
+FONTS = (
+    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic",
+    "DejaVuSansMono", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
+)  # fmt: skip
+PIXELS, IMAGES = 16, (160, 20)  # of a side; of each class to train on and to measure on
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Images of so many classes, the requests in turn, and how long the first model trains.
+
+    Attributes:
+        requests: classes 0, 1, ... in order.
+    """
+
+    known: list[ImageRecord]
+    unseen: list[ImageRecord]
+    classes: int
+    requests: Sequence[Sequence[int]]
+    steps: int
+
+
+def letters() -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Drawn characters, half of the classes' numbers from each script: to train on and to measure on."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    rng = np.random.default_rng(0)
+    numbers, halves = rng.permutation(len(CHARACTERS)).tolist(), (list[ImageRecord](), list[ImageRecord]())
+    fonts = {
+        (name, size): ImageFont.truetype(str(folder / f"{name}.ttf"), size) for name in FONTS for size in range(36, 49)
+    }
+    for label, character in zip(numbers, CHARACTERS, strict=True):
+        for i in range(sum(IMAGES)):
+            page = Image.new("L", (4 * PIXELS, 4 * PIXELS))
+            place = tuple(2 * PIXELS + rng.uniform(-6, 6, 2))
+            font = fonts[FONTS[int(rng.integers(len(FONTS)))], int(rng.integers(36, 49))]
+            ImageDraw.Draw(page).text(place, character, fill=255, font=font, anchor="mm")
+            page = page.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR).resize((PIXELS, PIXELS))
+            pixels = np.asarray(page, dtype=np.float32) / 127.5 - 1 + rng.normal(0, 0.15, (PIXELS, PIXELS))
+            record = ImageRecord(f"{label}-{i}", torch.tensor(pixels[None], dtype=torch.float32), label)
+            halves[i >= IMAGES[0]].append(record)
+    return halves
+
+
+def data_of(name: str) -> Data:
+    """The images by name."""
+    if name == "digits":
+        return Data(*digits(), 10, TASKS, 300)
+    return Data(*letters(), len(CHARACTERS), [range(len(CHARACTERS) // 2)], 1000)
 
 
 def drawn(records: Sequence[ImageRecord], shots: int, seed: int) -> list[ImageRecord]:
     """So many images of each class, at random."""
     rng, found = np.random.default_rng((seed, 5)), []
-    for label in range(10):
+    for label in sorted({record.label for record in records}):
         mine = [record for record in records if record.label == label]
         found += [mine[i] for i in rng.permutation(len(mine))[:shots]]
     return found
@@ -82,25 +138,23 @@ def share(counts: dict[int, tuple[int, int]], classes: Sequence[int]) -> float:
     return sum(counts[c][0] for c in classes) / sum(counts[c][1] for c in classes)
 
 
-def sequence(
-    first: Any, given: Sequence[ImageRecord], unseen: Sequence[ImageRecord], overrides: dict[str, Any], seed: int
-) -> list[Row]:
+def sequence(first: Any, given: Sequence[ImageRecord], data: Data, overrides: dict[str, Any], seed: int) -> list[Row]:
     """Acc_f, Acc_o, Acc_r and H after each request."""
     rows, parameters = [], dict(load_method("gs_lora").parameters) | overrides
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         first.save_pretrained(folder / "0")
-        source, start = open_checkpoint(folder / "0"), accuracies(first, unseen)
+        source, start = open_checkpoint(folder / "0"), accuracies(first, data.unseen)
         before = start
-        for k, classes in enumerate(TASKS):
-            gone, left = range(classes[0]), range(classes[-1] + 1, 10)
+        for k, classes in enumerate(data.requests):
+            gone, left = range(classes[0]), range(classes[-1] + 1, data.classes)
             mine, stay, past = ([r for r in given if r.label in those] for those in (classes, left, gone))
             model, out, scratch = source.load_model(), folder / str(k + 1), folder / f"{k + 1}-work"
             scratch.mkdir()
             context = EditContext(source, model, ModelMap.of(model), mine, stay, seed, scratch, earlier=past)
             make_editor("gs_lora", parameters).edit(context, out)
             source = open_checkpoint(out)
-            after = accuracies(source.load_model(), unseen)
+            after = accuracies(source.load_model(), data.unseen)
             kept = share(after, left)
             rows.append({
                 "forgotten": share(after, classes),
@@ -115,7 +169,8 @@ def sequence(
 
 def averaged(rows: Sequence[Row]) -> Row:
     """The means over the requests of a sequence."""
-    return {key: mean(row[key] for row in rows if row[key] is not None) for key in FIGURES}
+    found = {key: [row[key] for row in rows if row[key] is not None] for key in FIGURES}
+    return {key: mean(values) if values else None for key, values in found.items()}
 
 
 def settings(validate: bool) -> list[tuple[str, str, dict[str, Any]]]:
@@ -139,15 +194,18 @@ def table(found: Sequence[Row]) -> str:
     for case, seeds in by_case.items():
         cells = []
         for key in FIGURES:
-            values = [100 * row[key] for row in seeds.values()]
-            cells.append(f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+            values = [100 * row[key] for row in seeds.values() if row[key] is not None]
+            cells.append(f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "")
         lines.append(f"| {', '.join(case)} | {' | '.join(cells)} |")
     if len(cases) == 2:
         (_, plain), (_, plus) = by_case.items()
         both = [seed for seed in plain if seed in plus]
         cells = []
         for key in FIGURES:
-            gaps = [100 * (plus[seed][key] - plain[seed][key]) for seed in both]
+            gaps = [100 * (plus[seed][key] - plain[seed][key]) for seed in both if plain[seed][key] is not None]
+            if not gaps:
+                cells.append("")
+                continue
             interval = mean_interval(gaps) if len(gaps) > 1 and len(set(gaps)) > 1 else None
             around = f" ({interval.low:+.1f} to {interval.high:+.1f})" if interval else ""
             cells.append(f"{mean(gaps):+.1f}{around}")
@@ -159,6 +217,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gs_lora_shots", description=(__doc__ or "").split("\n")[0]
     )
+    parser.add_argument("--data", choices=("digits", "letters"), default="digits")
     parser.add_argument("--shots", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", help=f"default {REPORTED[0]} to {REPORTED[-1]}")
     parser.add_argument("--validate", action="store_true", help="every setting tried, on the validation images")
@@ -168,12 +227,14 @@ def main() -> int:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    known, unseen = _digits()
+    data = data_of(options.data)
     if options.validate:
-        known, unseen = known[:600], known[600:]
+        if options.data != "digits":
+            parser.error("expected --validate on the digits, found letters; nothing is chosen on these")
+        data = replace(data, known=data.known[:600], unseen=data.known[600:])
     found: list[Row] = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
-    kind = {"shots": options.shots, "validation": options.validate}
-    if any({key: row[key] for key in kind} != kind for row in found):
+    kind = {"data": options.data, "shots": options.shots, "validation": options.validate}
+    if any({key: row.get(key, "digits") for key in kind} != kind for row in found):
         parser.error("expected --json to name a file of the same case, found one of other shots or images")
     done = {(row["seed"], row["method"], row["setting"]) for row in found}
     for seed in options.seeds or (VALIDATION if options.validate else REPORTED):
@@ -182,9 +243,9 @@ def main() -> int:
             for method, name, overrides in settings(options.validate)
             if (seed, method, name) not in done and (not options.settings or f"{method}: {name}" in options.settings)
         ]
-        first = _trained(known, seed, 300) if wanted else None
+        first = trained(data.known, seed, data.steps, data.classes) if wanted else None
         for method, name, overrides in wanted:
-            rows = sequence(first, drawn(known, options.shots, seed), unseen, overrides, seed)
+            rows = sequence(first, drawn(data.known, options.shots, seed), data, overrides, seed)
             found.append(kind | {"seed": seed, "method": method, "setting": name, "rows": rows})
             print(f"{seed} {method}, {name}: H {100 * averaged(rows)['harmonic']:.1f}", file=sys.stderr, flush=True)
             if options.json:

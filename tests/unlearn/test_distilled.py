@@ -789,7 +789,7 @@ def test_a_difference_is_not_distilled_again(planted: Checkpoint, tmp_path: Path
     context = EditContext(planted, model, ModelMap.of(model), FORGET, RETAIN, 0, tmp_path)
     p = distilled.DistilledParameters(**SMALL)
     teacher = distilled.difference(context, distilled.train_assistant(context, p), p.rule())
-    with pytest.raises(UnsupportedError, match="edit its original"):
+    with pytest.raises(UnsupportedError, match="look into the model it was made from"):
         edit(planted, tmp_path / "out", SMALL, model=teacher)
 
 

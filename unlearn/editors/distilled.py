@@ -41,7 +41,7 @@ from unlearn.editors.assistant import WORDINGS, Rows, TrainedAssistant, block_li
 from unlearn.editors.base import EditContext, EditResult, Record, Rewording, Texts
 from unlearn.editors.student import Course, Lessons, StudentParameters, chosen, distil, passes, written
 from unlearn.editors.trainable import Added, expect_stored, selected
-from unlearn.editors.uld import ULDParameters, assistant_passes, difference, expect_single
+from unlearn.editors.uld import ULDParameters, assistant_passes, difference
 from unlearn.mistakes import Mistakes
 from unlearn.requests.yamlfile import Document, parse
 
@@ -137,7 +137,7 @@ class ULDDistilledEditor:
             ResourceError: a step does not fit in memory.
         """
         p = self.parameters
-        expect_single(context.model_map)
+        context.model_map.expect_single()
         if not context.forget or not context.retain:
             which = "retain records" if context.forget else "records to forget"
             raise UsageError(f"expected {which} for {self.name}, found none; give some")

@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from probes.errors import UnsupportedError
 from unlearn.checkpoints.checkpoint import write_edited
 from unlearn.checkpoints.difference import remote_code
 from unlearn.checkpoints.manifest import ASSISTANT, is_difference
@@ -113,16 +112,6 @@ def difference(context: EditContext, trained: TrainedAssistant, rule: Rule) -> n
     return found.eval()
 
 
-def expect_single(model_map: ModelMap) -> None:
-    """Refuse a model that is a difference already.
-
-    Raises:
-        UnsupportedError: it has no weights of its own to take an assistant from.
-    """
-    if model_map.composite:
-        raise UnsupportedError("expected a model with weights of its own, found a difference of two; edit its original")
-
-
 class ULDEditor:
     """Unlearning from logit difference as a registered editor."""
 
@@ -161,7 +150,7 @@ class ULDEditor:
             UsageError, UnsupportedError, ResourceError: as `unlearn.editors.assistant.train_assistant`.
         """
         p = self.parameters
-        expect_single(context.model_map)
+        context.model_map.expect_single()
         trained = train_assistant(context, p)
         rule = p.rule(not trained.empty)
         config = configuration(context, trained, rule)
