@@ -662,6 +662,16 @@ def test_shots_are_drawn_from_each_class_by_seed() -> None:
     assert len({record.record_id for record in first}) == 40
 
 
+def test_letters_are_sixty_classes_in_two_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gs_lora_shots, "IMAGES", (2, 1))
+    (known, unseen), again = gs_lora_shots.letters(), gs_lora_shots.letters()
+    assert [sum(r.label == c for r in known) for c in range(60)] == [2] * 60
+    assert sorted(r.label for r in unseen) == list(range(60))
+    assert all(r.pixels.shape == (1, 16, 16) and float(r.pixels.std()) > 0.2 for r in (*known, *unseen))
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(known, again[0], strict=True))
+    assert len({r.pixels.numpy().tobytes() for r in (*known, *unseen)}) == 180
+
+
 def test_methods_are_compared_seed_by_seed() -> None:
     def row(seed: int, method: str, harmonics: tuple[float, float]) -> dict[str, Any]:
         rows = [

@@ -335,8 +335,8 @@ def _taken(context: EditContext, p: AssistantParameters, where: str) -> TrainedA
         parameters={"assistant": Path(where).name, "steps": 0},
         statistics=statistics,
         warnings=[
-            "the assistant is that of an earlier copy, as it is: the options of its training were not used, and whether "
-            "it was trained on these records is not checked"
+            "the assistant is that of an earlier copy, as it is: options of its training were not used, and whether it "
+            "was trained on these records is not checked"
         ],
         taken=True,
     )
