@@ -763,6 +763,24 @@ def test_a_single_never_seen_record_ends_no_audit(world: World, tmp_path: Path) 
     assert rows["membership.rmia"]["reason"] or documents(run, "before")["membership.rmia"]["not_resolvable"]
 
 
+def test_sets_whose_rows_have_no_ids_of_their_own(world: World, tmp_path: Path) -> None:
+    """Both number their rows from 1: a shot of the control set is no record for that."""
+    suite = suite_file(tmp_path / "suite.yaml", ("membership.recall",), confirm=False)
+    bare = [
+        write(tmp_path / path.name, [{k: v for k, v in json.loads(line).items() if k != "id"} for line in
+              Path(path).read_text().splitlines()])
+        for path in (Path(world.records), Path(world.control))
+    ]  # fmt: skip
+    runs = [
+        api.audit(world.planted, records, control=control, suite=suite, out=tmp_path / name)
+        for name, records, control in (("named", world.records, world.control), ("bare", *bare))
+    ]
+    named, unnamed = (run.attack("membership.recall") for run in runs)
+    assert named["status"] == unnamed["status"] == "run"
+    assert named["figures"] == unnamed["figures"]
+    assert named["not_resolvable"] == unnamed["not_resolvable"]
+
+
 @pytest.mark.parametrize(
     "score",
     [

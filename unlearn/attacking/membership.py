@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -236,7 +237,8 @@ def _recall(views: Views, settings: dict[str, Any]) -> Pair:
         raise UsageError("expected more never-seen records than shots, found fewer; give a larger control set")
     never = views.records("control")
     bodies = {record.ids for record in (*views.records(), *(never[int(i)] for i in scored))}
-    before = [never[int(i)] for i in shots if never[int(i)].ids not in bodies]
+    # Sets without ids of their own number their rows alike: which record stands before another is said by its tokens.
+    before = [replace(never[int(i)], record_id=f"shot {i}") for i in shots if never[int(i)].ids not in bodies]
     rows: list[TokenRecord] = [never[int(i)] for i in scored]
     pos = scores.recall(views.table(), views.prefixed(views.records(), before))
     neg = scores.recall(views.rows(views.table("control"), scored), views.prefixed(rows, before))

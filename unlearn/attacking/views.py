@@ -359,9 +359,11 @@ class Views:
     def prefixed(self, records: Sequence[TokenRecord], shots: Sequence[TokenRecord]) -> np.ndarray:
         """[R] log-probabilities of completions behind other records, which are run once.
 
-        Shots that do not fit before the longest record are left out, so that all records share what stands before them.
+        Shots that do not fit before the longest record of either set are left out, so that all records, members or
+        not, share what stands before them.
         """
-        room = self.max_length - max(len(record.ids) for record in records)
+        texts = cast("list[TokenRecord]", [record for role in ROLES for record in self.records(role)])
+        room = self.max_length - max(len(record.ids) for record in texts)
         fitting = list(shots)
         while len(fitting) > 1 and sum(len(shot.ids) for shot in fitting) > room:
             fitting.pop(0)
