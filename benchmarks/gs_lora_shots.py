@@ -61,10 +61,8 @@ TRIED: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 CHOSEN = {"GS-LoRA": "as shipped", "GS-LoRA++": "weights 5, 5"}
-AS_PUBLISHED: dict[str, Any] = {
-    "bounded_over": "batch", "penalty": "published", "drop_after": None, "forget_weight": 0.15, "sparsity": 0.01,
-    "sparsity_warm_up": 20, "adapter_scale": 0.125, "learning_rate": 0.01, "weight_decay": 0.05, "epochs": 100,
-    "batch_size": 4, "retain_batch_size": 4, "stop_early": False,
+AS_PUBLISHED: dict[str, Any] = dict(load_method("gs_lora_official").parameters) | {
+    "bound": "auto", "batch_size": 4, "retain_batch_size": 4, "earlier_weight": 1.0
 }  # fmt: skip
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "GS-LoRA": {"as published": AS_PUBLISHED},
@@ -100,7 +98,7 @@ class Data:
 
 
 def letters() -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """Drawn characters, half of the classes' numbers from each script: to train on and to measure on."""
+    """Drawn characters, their classes in random order: to train on and to measure on."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     rng = np.random.default_rng(0)
     numbers, halves = rng.permutation(len(CHARACTERS)).tolist(), (list[ImageRecord](), list[ImageRecord]())

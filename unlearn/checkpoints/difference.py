@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from unlearn.checkpoints.tensorfile import Shard
 
 _FIELDS = ("alpha", "rank_share", "ratio", "outside", "first", "last", "scale")  # of the tensor, in order
 _OUTSIDE = {"original": 0.0, "never": 1.0}
@@ -122,8 +123,13 @@ class DifferenceCheckpoint(FolderCheckpoint):
         del tensors[RULE]
         return copy.deepcopy(self.config["assistant"]), tensors
 
-    def _stored(self) -> dict[str, torch.Tensor]:
+    @property
+    def _assistant_shard(self) -> Shard:
         [shard] = [shard for shard in self._shards if shard.name == ASSISTANT]
+        return shard
+
+    def _stored(self) -> dict[str, torch.Tensor]:
+        shard = self._assistant_shard
         return {info.name: as_tensor(info, shard.load(info)) for info in shard.tensors}
 
     def _tokenizer_options(self) -> dict[str, Any]:
@@ -131,7 +137,7 @@ class DifferenceCheckpoint(FolderCheckpoint):
 
     def _check_rule(self) -> None:
         """Refuse a config.json that says otherwise than the weights: the digest covers these alone."""
-        [shard] = [shard for shard in self._shards if shard.name == ASSISTANT]
+        shard = self._assistant_shard
         rule = next((info for info in shard.tensors if info.name == RULE), None)
         if rule is None or (rule.dtype, rule.shape) != ("F64", (len(_FIELDS),)):
             raise UsageError(f"{self.path / ASSISTANT}: expected the tensor {RULE}, found none; write the folder again")
