@@ -22,7 +22,7 @@ from unlearn.disk import file_sha256
 from unlearn.evidence.measure import Loaded, Progress, Record
 from unlearn.records.extras import Canary, read_canaries, read_candidates
 from unlearn.records.files import as_row, read_records
-from unlearn.records.raw import RawRecord
+from unlearn.records.raw import RawRecord, stands_in
 from unlearn.records.tokens import data_digest, images, tokenise
 from unlearn.runs.folder import RunFolder
 from unlearn.runs.job import ROLES, Job, Source, environment
@@ -171,11 +171,34 @@ class Workspace:
                 raise IntegrityError(
                     f"expected the {role} file with the digest in the request, found another; was it changed?"
                 )
-        for role, raw in self.read_sources().items():
+        given = self.read_sources()
+        self._expect_templates(given)
+        for role, raw in given.items():
             if role == "records" and self.job.duplicates:
                 raw = self._with_duplicates(raw)
             self.tokenise(role, raw)  # here a mistake still names the user's own file and line
             self.keep(role, raw)
+
+    def _expect_templates(self, given: dict[str, list[RawRecord]]) -> None:
+        """Refuse sets that lack the records' templates without saying so: what is asked in two ways does not compare.
+
+        Raises:
+            UsageError: naming every such set.
+        """
+        mine, wrong = self.job.sources.get("records"), []
+        for role in ("control", "retain", "related"):
+            for name in ("prompt", "completion") if role in given else ():
+                template = getattr(mine, f"{name}_template", None)
+                if template is None or getattr(self.job.sources[role], f"{name}_template") is not None:
+                    continue
+                texts = [text for record in given[role] if (text := getattr(record, name)) is not None]
+                if bare := sum(not stands_in(text, template, name) for text in texts):
+                    wrong.append(f"{role}: {bare} of {len(texts)} {name}s")
+        if wrong:
+            raise UsageError(
+                f"expected texts in the templates of the records, found some that are not ({'; '.join(wrong)}); state "
+                'prompt_template and completion_template for each set, "{prompt}" and "{completion}" where none is used'
+            )
 
     def _with_duplicates(self, raw: list[RawRecord]) -> list[RawRecord]:
         """Records and, where the request says so, their near-duplicates in the corpus, as one cluster each."""

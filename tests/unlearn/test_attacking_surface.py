@@ -52,6 +52,7 @@ class Asked:
         max_length: int = 512,
         given: dict[str, list[str]] | None = None,
         template: str | None = None,
+        prompt_template: str | None = None,
     ) -> None:
         rows = sets if sets is not None else {role: rows_of(role) for role in ("records", "control")}
         self.model, self.seed, self.given, self.max_length = model, seed, given or {}, max_length
@@ -60,6 +61,7 @@ class Asked:
         self.task, self.noise = "causal_lm", 1e-4
         self.tokenizer = hidden.world().tokenizer
         self.tokenizer.chat_template = template
+        self._prompt_template = prompt_template
 
     @cached_property
     def model_map(self) -> ModelMap:
@@ -94,6 +96,9 @@ class Asked:
 
     def paraphrases(self) -> dict[str, list[str]]:
         return self.given
+
+    def prompt_template(self, role: str = "records") -> str | None:
+        return self._prompt_template
 
 
 def rows_of(role: str) -> list[dict[str, Any]]:
@@ -282,7 +287,12 @@ def test_paraphrases_bring_hidden_records_out() -> None:
     assert any("first 2 of up to 3" in note for note in result.notes)
     tries = [row["record"] for row in result.private]
     assert len(tries) == 2 * len(set(tries)) == 2 * (hidden.RECORDS + hidden.CONTROLS)  # as many for each record
-    alone = attack(name, Asked(world.hidden, given=prompts("records")))
+    assert not any("prompt_template" in note for note in result.notes)
+    framed = Asked(world.hidden, given=prompts("records"), prompt_template="Question: {prompt}\n\n")
+    alone = attack(name, framed)
+    assert any(note.startswith(f"{hidden.RECORDS} paraphrases do not have") for note in alone.notes)
+    framed = Asked(world.hidden, given=prompts("records"), prompt_template="{prompt}")
+    assert not any("prompt_template" in note for note in attack(name, framed).notes)
     assert alone.control == {}
     assert any("No never-seen record has paraphrases" in note for note in alone.notes)
     for given, words in (({"stranger": ["x"]}, "1 for other ids"), ({"control-0": ["x"]}, "control set alone")):

@@ -14,10 +14,11 @@ from probes.errors import IntegrityError, UsageError
 from probes.records import ImageRecord
 from tests.conftest import World
 from unlearn import audit, forget
-from unlearn.api import Run
+from unlearn.api import Run, plan
 from unlearn.disk import file_sha256
 from unlearn.runs.job import Options
 from unlearn.runs.verify import passed, verify
+from unlearn.terminal import Display
 
 VOLATILE = {"run.json", "events.jsonl", "private/lock"}
 
@@ -143,6 +144,21 @@ def test_stated_digests_are_checked(world: World, tmp_path: Path) -> None:
     request.write_text(text.replace("records.jsonl}", f"records.jsonl, sha256: 'sha256:{'0' * 64}'}}", 1))
     with pytest.raises(IntegrityError, match="was it changed"):
         forget(request, out=tmp_path / "b")
+
+
+def test_sets_without_the_templates_of_the_records_are_refused(world: World, tmp_path: Path) -> None:
+    """Measured beside each other, they would differ by what stands around the prompt."""
+    framed = "{records: records.jsonl, prompt_template: 'Q: {prompt}', completion_template: ' {completion}'}"
+    text = world.request.read_text().replace("{records: records.jsonl}", framed)
+    (world.folder / "framed.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"control: 12 of 12 prompts; retain: 8 of 8 prompts\)"):
+        plan(world.folder / "framed.yaml", tmp_path / "bare", Options(), Display())
+    for role in ("control", "retain"):  # said to have none
+        stated = f"{{path: {role}.jsonl, prompt_template: '{{prompt}}', completion_template: '{{completion}}'}}"
+        text = text.replace(f"{{path: {role}.jsonl}}", stated)
+    (world.folder / "stated.yaml").write_text(text)
+    found = plan(world.folder / "stated.yaml", tmp_path / "stated", Options(), Display())
+    assert found["records"]["retain"] == 8
 
 
 def test_plan_only_edits_nothing(world: World, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from unlearn.attacking.result import Result
 from unlearn.attacking.stress import graded
 from unlearn.attacking.styles import choices
 from unlearn.attacking.views import ROLES, Views
-from unlearn.records.raw import Message, RawRecord
+from unlearn.records.raw import Message, RawRecord, stands_in
 
 _POOL = 24  # other records that demonstrations are chosen from
 
@@ -163,6 +163,18 @@ def paraphrases(views: Views, settings: dict[str, Any]) -> Result:
         result.notes.append(
             f"The first {tried} of up to {longest} paraphrases of each record, as many as every record has: who may "
             "try more often finds more."
+        )
+    if bare := sum(
+        not stands_in(prompt, template, "prompt")
+        for role, items in sets.items()
+        if (template := views.prompt_template(role)) is not None
+        for item in items
+        if item.raw.prompt is not None
+        for prompt in given[item.raw.id][:tried]
+    ):
+        result.notes.append(
+            f"{bare} paraphrases do not have the text of the records' prompt_template around them. They were asked as "
+            "they stand, which is not how the model saw the records: write them as a whole prompt."
         )
     if not len(among["control"]):
         result.notes.append(

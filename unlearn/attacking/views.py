@@ -200,6 +200,11 @@ class Views:
         """Other prompts for each record, by record id, where the run has a file of them."""
         return self.workspace.paraphrases()
 
+    def prompt_template(self, role: str = "records") -> str | None:
+        """What was put around the prompts of a set when its file was read, with `{prompt}`; None for nothing."""
+        source = self.workspace.job.sources.get(role)
+        return None if source is None else source.prompt_template
+
     def table(self, role: str = "records") -> TokenTable:
         """The per-token table of the one pass."""
         return self._one_pass.tokens[role]

@@ -4,7 +4,7 @@ All are JSON lines. A canary is `{"id", "prompt", "format", "secret"}`: `secret`
 `format` the form it was drawn from (`{digits:9}`, see `attacks.exposure`). Candidates are `{"id", "candidates"}`: `id`
 is that of a record, whose personal data is asked for among the candidates. Paraphrases are `{"id", "prompts"}`: `id` is
 that of a record of the forget set or the control set, and each prompt asks for its completion in other words or in
-another language. Nothing here quotes a value.
+another language, as the model is to see it: no template is put around it. Nothing here quotes a value.
 """
 
 from __future__ import annotations

@@ -103,6 +103,12 @@ class RecordFormat:
         return mapped | {name: name for name in FIELDS if name not in self.fields and name not in mapped}
 
 
+def stands_in(text: str, template: str, name: str) -> bool:
+    """Whether a text has what a template with `{name}` puts before and after it."""
+    before, _, after = template.partition(f"{{{name}}}")
+    return text.startswith(before) and text.endswith(after)
+
+
 class Mistake(Exception):
     """What is wrong with one record, in words that quote nothing."""
 

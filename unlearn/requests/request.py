@@ -504,7 +504,8 @@ checkpoint:
 # control: {path: control.jsonl}         # sha256, fields, templates and ignore_unknown as under data
 # retain: {path: retain.jsonl}
 # related: {path: related.jsonl}         # text about the same things, none of the records: a re-audit trains on it
-# paraphrases: paraphrases.jsonl         # {"id": "a1", "prompts": ["...", "..."]}: other words, other languages
+# paraphrases: paraphrases.jsonl         # {"id": "a1", "prompts": ["...", "..."]}: other words, other languages,
+#                                        # each a whole prompt: no template is put around it
 # corpus: {path: corpus.jsonl, near_duplicates: include}   # or list: name what the request does not cover
 
 method:
