@@ -20,6 +20,7 @@ from probes.records import TokenRecord
 from unlearn.checkpoints.checkpoint import Checkpoint, LiveCheckpoint, open_checkpoint
 from unlearn.disk import file_sha256
 from unlearn.evidence.measure import Loaded, Progress, Record
+from unlearn.records.apart import expect_apart
 from unlearn.records.extras import Canary, read_canaries, read_candidates
 from unlearn.records.files import as_row, read_records
 from unlearn.records.raw import RawRecord, stands_in
@@ -149,8 +150,11 @@ class Workspace:
 
     # -- record sets -----------------------------------------------------------------------------------------------
 
-    def freeze(self) -> None:
+    def freeze(self, *, apart: bool = True) -> None:
         """Read every given set, check it against its digest and the checkpoint, and keep it in the private folder.
+
+        Args:
+            apart: whether sets with records in common are refused.
 
         Raises:
             IntegrityError: a file is not the one the request names.
@@ -173,11 +177,14 @@ class Workspace:
                 )
         given = self.read_sources()
         self._expect_templates(given)
+        sets = dict(self.live.records)
         for role, raw in given.items():
             if role == "records" and self.job.duplicates:
                 raw = self._with_duplicates(raw)
-            self.tokenise(role, raw)  # here a mistake still names the user's own file and line
+            sets[role] = self.tokenise(role, raw)  # here a mistake still names the user's own file and line
             self.keep(role, raw)
+        if apart:
+            expect_apart(sets)
 
     def _expect_templates(self, given: dict[str, list[RawRecord]]) -> None:
         """Refuse sets that lack the records' templates without saying so: what is asked in two ways does not compare.

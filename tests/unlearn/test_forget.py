@@ -161,6 +161,19 @@ def test_sets_without_the_templates_of_the_records_are_refused(world: World, tmp
     assert found["records"]["retain"] == 8
 
 
+def test_records_among_the_sets_beside_them_are_refused(world: World, tmp_path: Path) -> None:
+    rows = (
+        world.retain.read_text() + world.records.read_text().splitlines()[3].replace('"id": "', '"id": "other-') + "\n"
+    )
+    (world.folder / "everything.jsonl").write_text(rows)
+    (world.folder / "shared.yaml").write_text(world.request.read_text().replace("retain.jsonl", "everything.jsonl"))
+    with pytest.raises(UsageError, match=r"1 of retain among records \(row 9\)"):
+        forget(world.folder / "shared.yaml", out=tmp_path / "forgotten")
+    assert not (tmp_path / "forgotten/edit").exists()
+    with pytest.raises(UsageError, match=r"8 of control among records"):
+        audit(world.planted, records=world.records, control=world.records, out=tmp_path / "audited")
+
+
 def test_plan_only_edits_nothing(world: World, tmp_path: Path) -> None:
     from unlearn import cli
 

@@ -78,7 +78,7 @@ class ProbeRun(Workspace):
             if reason := missing(settings["name"], roles):
                 raise UsageError(f"expected the sets the probe {settings['name']} works on, found too few: {reason}")
         self.checkpoint("checkpoint")
-        self.freeze()
+        self.freeze(apart=False)  # factors and importances may be those of all training data
         self.identify("checkpoint")
         self.describe_run(probes=self.job.suite["probes"])
 
