@@ -35,7 +35,7 @@ from probes.likelihood import Progress, default_batch_tokens, inference, out_of_
 from probes.modelmap import ModelMap
 from probes.neurons import NeuronListener, neuron_sites
 from probes.parts import Part, on_outputs, part_means, parts_of
-from probes.records import ImageRecord, TokenRecord
+from probes.records import ImageRecord, Record, TokenRecord
 from probes.taps import IMAGES, Site
 from probes.targets import Target, targets_of
 
@@ -75,7 +75,7 @@ class Ablation:
 
 def ablate(
     model: nn.Module,
-    record: TokenRecord | ImageRecord,
+    record: Record,
     neurons: Sequence[NeuronScore],
     *,
     fill: Mapping[str, Tensor] | None = None,

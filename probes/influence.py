@@ -39,7 +39,7 @@ from probes.errors import UnsupportedError, UsageError
 from probes.likelihood import Progress
 from probes.modelmap import ModelMap
 from probes.passes import losses_of, sum_type
-from probes.records import ImageRecord, TokenRecord
+from probes.records import ImageRecord, Record, TokenRecord
 from probes.taps import Listener, Site, batches_of, listen, sites
 
 Reduction = Literal["mean", "sum"]
@@ -168,7 +168,7 @@ def influence(
     )
 
 
-def _losses(record: TokenRecord | ImageRecord) -> int:
+def _losses(record: Record) -> int:
     return record.n_tokens if isinstance(record, TokenRecord) else 1
 
 

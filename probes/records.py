@@ -71,6 +71,9 @@ class ImageRecord:
         return f"ImageRecord(shape={tuple(self.pixels.shape)})"
 
 
+Record = TokenRecord | ImageRecord
+
+
 def length_batches(records: Sequence[TokenRecord], batch_tokens: int) -> list[list[int]]:
     """Indices of `records` grouped by length so that padded tokens per batch stay within `batch_tokens`.
 

@@ -23,13 +23,14 @@ import pandas as pd
 
 from probes.errors import IntegrityError, UsageError
 from probes.likelihood import SamplingScheme
+from probes.records import Record
 from unlearn import reporting
 from unlearn.attacking.run import attack_arms, estimate, run_attacks
 from unlearn.editing import at_inference_time, editor_of, expect_weights, named_method, note_given, write_copy
 from unlearn.editors.base import planned_passes
 from unlearn.evidence import criteria as judging
 from unlearn.evidence import measure
-from unlearn.evidence.measure import Measured, Record, Settings
+from unlearn.evidence.measure import Measured, Settings
 from unlearn.ledger import stages
 from unlearn.probing.run import run_probes
 from unlearn.records import draft

@@ -16,14 +16,14 @@ from torch import nn
 
 from probes.errors import IntegrityError, UsageError
 from probes.modelmap import ModelMap
-from probes.records import TokenRecord
+from probes.records import Record, TokenRecord
 from unlearn.checkpoints.checkpoint import Checkpoint, LiveCheckpoint, open_checkpoint
 from unlearn.disk import file_sha256
-from unlearn.evidence.measure import Loaded, Progress, Record
-from unlearn.records.apart import expect_apart
+from unlearn.evidence.measure import Loaded, Progress
 from unlearn.records.extras import Canary, read_canaries, read_candidates
 from unlearn.records.files import as_row, read_records
 from unlearn.records.raw import RawRecord, stands_in
+from unlearn.records.same import clustered, expect_apart
 from unlearn.records.tokens import data_digest, images, tokenise
 from unlearn.runs.folder import RunFolder
 from unlearn.runs.job import ROLES, Job, Source, environment
@@ -239,7 +239,7 @@ class Workspace:
             summary[role] = {
                 "n": len(records),
                 "source": "drafted" if role in drafted else "given" if role in sets else "none",
-                "limits": list(drafted.get(role, ())),
+                "limits": [*drafted.get(role, ()), *_repeats(role, records)],
                 "digest": data_digest(records) if records else None,  # type: ignore[arg-type]
                 "tokens": sum(record.n_tokens for record in records if isinstance(record, TokenRecord)),
             }
@@ -317,9 +317,8 @@ class Workspace:
 
     def tokenised(self, role: str) -> list[Record]:
         """A set as probes take it."""
-        if role in self.live.records:
-            return list(self.live.records[role])
-        return self.tokenise(role, self.raw(role))
+        found = self.live.records[role] if role in self.live.records else self.tokenise(role, self.raw(role))
+        return clustered(found)[0]
 
     def tokenise(self, role: str, raw: list[RawRecord]) -> list[Record]:
         """Records with text as the checkpoint's tokenizer or image processor has them.
@@ -358,3 +357,11 @@ class Workspace:
     def pseudonym(self, record_id: str) -> str:
         """How a record is called outside the private folder."""
         return pseudonym(record_id, self._key)
+
+
+def _repeats(role: str, records: list[Record]) -> list[str]:
+    """What repeated records mean, for the report."""
+    repeated = clustered(records)[1]
+    if not repeated:
+        return []
+    return [f"{repeated} of {len(records)} in {role} repeat another one; intervals count what is the same once."]

@@ -12,7 +12,6 @@ from attacks.recovery.relearn import Records, Relearning, relearn
 from attacks.recovery.relearn import savings as relearn_savings
 from probes import statistics
 from probes.errors import UsageError
-from probes.records import ImageRecord, TokenRecord
 from unlearn.attacking.result import Result, as_figure, line
 from unlearn.attacking.stress import graded, rows_of, spread
 from unlearn.attacking.views import ROLES, Views
@@ -65,19 +64,10 @@ def retain_tuning(views: Views, settings: dict[str, Any]) -> Result:
 
 def related_tuning(views: Views, settings: dict[str, Any]) -> Result:
     """Train on related text that is none of the records, score the records."""
-    given, held = views.records("related"), {_content(record) for record in views.records()}
-    train = [record for record in given if _content(record) not in held]
-    if not train:
-        raise UsageError(f"expected related text, found {len(given)} records to be forgotten; pass other text")
+    train = views.records("related")
     found, result = _stress(views, settings, train, "related text")
-    left_out = f" ({len(given) - len(train)} that are records left out)" if len(train) < len(given) else ""
-    result.notes.append(f"{_recipe(found, settings, len(train))} on {len(train)} related texts{left_out}.")
+    result.notes.append(f"{_recipe(found, settings, len(train))} on {len(train)} related texts.")
     return result
-
-
-def _content(record: TokenRecord | ImageRecord) -> Any:
-    """What makes two records the same."""
-    return record.ids if isinstance(record, TokenRecord) else record.pixels.numpy().tobytes()
 
 
 def savings(views: Views, settings: dict[str, Any]) -> Result:

@@ -63,13 +63,13 @@ from probes.likelihood import check_records, default_batch_tokens, out_of_memory
 from probes.loss import cross_entropy, uniform, uniform_entropies
 from probes.modelmap import ModelMap
 from probes.passes import sum_type
-from probes.records import ImageRecord, TokenRecord, length_batches, pad, predicting
+from probes.records import ImageRecord, Record, TokenRecord, length_batches, pad, predicting
 from probes.taps import IMAGES
 from unlearn.checkpoints.checkpoint import open_checkpoint
 from unlearn.checkpoints.loading import tokenizer_digests
 from unlearn.checkpoints.manifest import is_difference
 from unlearn.checkpoints.modeling_uld import caught_input, given_input, slice_blocks
-from unlearn.editors.base import EditContext, Progress, Record, Rewording
+from unlearn.editors.base import EditContext, Progress, Rewording
 from unlearn.editors.selection import count_or_auto
 from unlearn.editors.trainable import Count, Number, Positive, Size
 from unlearn.requests.yamlfile import Schema

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from probes.errors import UsageError
-from probes.records import ImageRecord, TokenRecord
+from probes.records import Record, TokenRecord
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from unlearn.checkpoints.checkpoint import Checkpoint
     from unlearn.checkpoints.writer import Deltas
 
-Record = TokenRecord | ImageRecord
 Progress = Callable[[int, int], None]
 Rewording = Literal["supplied", "rules", "model"]
 

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from probes.errors import ResourceError, UsageError
 from probes.likelihood import out_of_memory
 from probes.modelmap import ModelMap
-from probes.records import ImageRecord, TokenRecord
+from probes.records import ImageRecord, Record, TokenRecord
 from unlearn.checkpoints.checkpoint import write_edited
 from unlearn.editors.assistant import WORDINGS, Rows, TrainedAssistant, block_list, gather, train_assistant
-from unlearn.editors.base import EditContext, EditResult, Record, Rewording, Texts
+from unlearn.editors.base import EditContext, EditResult, Rewording, Texts
 from unlearn.editors.student import Course, Lessons, StudentParameters, chosen, distil, passes, written
 from unlearn.editors.trainable import Added, expect_stored, selected
 from unlearn.editors.uld import ULDParameters, assistant_passes, difference

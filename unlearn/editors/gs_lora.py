@@ -51,10 +51,10 @@ from transformers.pytorch_utils import Conv1D
 from probes import training
 from probes.errors import ResourceError, UnsupportedError, UsageError
 from probes.likelihood import out_of_memory
-from probes.records import ImageRecord, TokenRecord
+from probes.records import ImageRecord, Record, TokenRecord
 from unlearn.checkpoints.checkpoint import write_edited
 from unlearn.editors.adapterfolder import write_adapter
-from unlearn.editors.base import EditContext, EditResult, Record, planned_passes
+from unlearn.editors.base import EditContext, EditResult, planned_passes
 from unlearn.editors.groupsparse import Group, Grouping, groups_of, product_norm
 from unlearn.editors.gs_lora_training import Adapted, Side, Trainer
 from unlearn.editors.linearmaps import swapped

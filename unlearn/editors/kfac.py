@@ -48,8 +48,9 @@ from probes.curvature.kronecker import (
     reconstruct,
 )
 from probes.errors import IntegrityError, UsageError
+from probes.records import Record
 from unlearn.checkpoints.checkpoint import write_edited
-from unlearn.editors.base import EditContext, EditResult, Progress, Record
+from unlearn.editors.base import EditContext, EditResult, Progress
 from unlearn.editors.factorfile import StoredFactors, load_factors, save_factors
 from unlearn.editors.linearmaps import LinearMapEdit, measured_rise
 from unlearn.editors.selection import MapParameters, Share, number_or_auto, select_maps, values_of

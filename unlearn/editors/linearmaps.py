@@ -20,10 +20,10 @@ from probes.classify import score_images
 from probes.errors import UnsupportedError
 from probes.likelihood import score
 from probes.modelmap import ModelMap
-from probes.records import TokenRecord
+from probes.records import Record, TokenRecord
 from probes.taps import Site
 from unlearn.checkpoints.checkpoint import Checkpoint
-from unlearn.editors.base import Progress, Record
+from unlearn.editors.base import Progress
 
 Change = Callable[[Site, Tensor], Tensor | None]
 

@@ -51,9 +51,9 @@ from torch.nn import functional
 from probes import training
 from probes.errors import ResourceError, UsageError
 from probes.likelihood import out_of_memory
-from probes.records import ImageRecord, TokenRecord
+from probes.records import ImageRecord, Record, TokenRecord
 from unlearn.checkpoints.checkpoint import write_edited
-from unlearn.editors.base import EditContext, EditResult, Record
+from unlearn.editors.base import EditContext, EditResult
 from unlearn.editors.lossbatches import Batches, ImageBatches, TextBatches, n_visited, visited
 from unlearn.editors.trainable import (
     Added,

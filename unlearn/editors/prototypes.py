@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from probes.modelmap import ModelMap
 from probes.passes import sum_type
-from probes.records import ImageRecord, TokenRecord, predicting
+from probes.records import ImageRecord, Record, TokenRecord, predicting
 
 
-def key_of(record: TokenRecord | ImageRecord) -> Hashable:
+def key_of(record: Record) -> Hashable:
     """What a record shares its prototype with."""
     if isinstance(record, ImageRecord):
         return record.label

@@ -42,8 +42,9 @@ from torch import Tensor
 
 from probes.errors import IntegrityError, UnsupportedError, UsageError
 from probes.fisher import importance
+from probes.records import Record
 from unlearn.checkpoints.checkpoint import write_edited
-from unlearn.editors.base import EditContext, EditResult, Record
+from unlearn.editors.base import EditContext, EditResult
 from unlearn.editors.importances import StoredImportance, describe, load_importance, save_importance
 from unlearn.editors.selection import number_or_auto, select_parameters
 from unlearn.mistakes import Mistakes

@@ -41,8 +41,8 @@ from torch import Tensor, nn
 from attacks.extraction.untargeted import sample
 from probes import training
 from probes.likelihood import SamplingScheme, inference
-from probes.records import ImageRecord, TokenRecord
-from unlearn.editors.base import EditContext, Record
+from probes.records import ImageRecord, Record, TokenRecord
+from unlearn.editors.base import EditContext
 from unlearn.editors.lossbatches import Batches, ImageBatches, Teacher, TextBatches, n_visited, visited
 from unlearn.editors.selection import count_or_auto
 from unlearn.editors.trainable import Count, Number, Positive, Size, TrainingParameters, head_before, trained

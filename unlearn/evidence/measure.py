@@ -20,7 +20,7 @@ from torch import nn
 from attacks.extraction import Confirmation, confirm
 from probes import classify, figures, likelihood
 from probes.modelmap import ModelMap
-from probes.records import ImageRecord, TokenRecord
+from probes.records import ImageRecord, Record, TokenRecord
 from unlearn.evidence import metrics, tokens
 from unlearn.runs import cache
 from unlearn.runs.folder import RunFolder, digest
@@ -28,7 +28,6 @@ from unlearn.runs.folder import RunFolder, digest
 VERSION = "2"  # of the tables; part of every cache key
 IMAGE_BATCH = 64
 REPEAT_BATCH = 5  # records a batch in the second measurement of the noise floor: never the first one's batches
-Record = TokenRecord | ImageRecord
 Progress = Callable[[int, int], None]
 
 

@@ -17,13 +17,14 @@ from probes.curvature.factors import Factor, KroneckerFactors, kronecker_factors
 from probes.curvature.kronecker import Basis, Eigenbases, Kept, edit_figures, keep_cells, keep_pairs
 from probes.curvature.records import memorisation_scores, record_curvature
 from probes.errors import UsageError
+from probes.records import Record
 from probes.statistics import auc
 from probes.taps import Site
 from unlearn.editors.factorfile import load_factors, save_factors
 from unlearn.editors.kfac import PUBLISHED_RHO
 from unlearn.editors.linearmaps import matrix
 from unlearn.editors.selection import MapParameters, select_maps
-from unlearn.evidence.measure import Loaded, Record
+from unlearn.evidence.measure import Loaded
 from unlearn.probing.figure import figure
 from unlearn.records.tokens import data_digest
 from unlearn.workspace import Workspace

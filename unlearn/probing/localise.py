@@ -15,7 +15,8 @@ from probes.attribution import Attribution, attribute, heat
 from probes.influence import influence
 from probes.memorised import memorised
 from probes.neurons import neuron_means
-from unlearn.evidence.measure import Loaded, Record
+from probes.records import Record
+from unlearn.evidence.measure import Loaded
 from unlearn.workspace import Workspace
 
 GAP = 0.05  # of the change in log p that the path integral may lose before a warning

@@ -1,4 +1,4 @@
-"""Sets that must share no record: what counts as the same, what is said, and what is left alone."""
+"""Records that are the same: sets that must share none are refused, and repeats within a set are one cluster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from probes.errors import UsageError
 from probes.records import ImageRecord, TokenRecord
-from unlearn.records.apart import expect_apart
+from unlearn.records.same import clustered, expect_apart
 
 
 def texts(*rows: tuple[int, ...], n_prompt: int = 1) -> list[TokenRecord]:
@@ -56,3 +56,25 @@ def test_every_pair_and_the_first_rows() -> None:
     assert said in str(found.value)
     with pytest.raises(UsageError, match="1 of retain among records"):
         expect_apart({"records": images(0.5, 1.0), "retain": images(1.0)})
+
+
+def test_repeats_are_one_cluster() -> None:
+    rows = texts((1, 2), (3, 4), (1, 2), (5, 6), (5, 6))
+    rows[4] = TokenRecord("zq", (5, 6), 1, 3, group="a person")
+    found, repeated = clustered(rows)
+    assert [record.group for record in found] == [
+        "row 1 and the same",
+        None,
+        "row 1 and the same",
+        "a person",
+        "a person",
+    ]
+    assert repeated == 2
+    assert [(r.record_id, r.ids) for r in found] == [(r.record_id, r.ids) for r in rows]
+    assert clustered(found) == (found, 2)
+    assert clustered(texts((1, 2), (2, 1))) == (texts((1, 2), (2, 1)), 0)
+    pictures, repeated = clustered([*images(0.5, 1.0, 0.5), *images(0.5, label=1)])
+    assert [record.group for record in pictures] == ["row 1 and the same", None, "row 1 and the same", None]
+    assert repeated == 1
+    stated = [TokenRecord("x", (1, 2), 1, 3, group=name) for name in ("a", "b")]
+    assert clustered(stated) == (stated, 1)  # what a user says of groups stays
