@@ -244,17 +244,23 @@ def run_and_die(request: Path, out: Path, at: int) -> int:
         os._exit(0)
 
 
-def count_flushes(request: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    real, count = os.fsync, [0]
+def stages_of_flushes(request: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The stage that `run.json` names at each flush to disk of a whole run."""
+    real, stages = os.fsync, []
 
     def fsync(descriptor: int) -> None:
-        count[0] += 1
+        stages.append(stage_of(out) if (out / "run.json").exists() else None)
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
     forget(request, out=out)
     monkeypatch.undo()
-    return count[0]
+    return stages
+
+
+def stage_of(run: Path) -> str | None:
+    found: str | None = json.loads((run / "run.json").read_text()).get("stage")
+    return found
 
 
 SMALL_SUITE = """\
@@ -272,21 +278,29 @@ reaudit:
 """
 
 
-def killed_and_resumed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def killed_and_resumed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, everywhere: bool) -> None:
+    """Kill a run at every flush to disk, or in the middle of every stage; resume it, and compare all bytes."""
     monkeypatch.setenv("UNLEARN_CACHE", "")
     (world.folder / "killed-suite.yaml").write_text(SMALL_SUITE)
     request = world.folder / "killed.yaml"
     request.write_text(world.request.read_text().replace("suite: quick", "suite: killed-suite.yaml"))
-    flushes = count_flushes(request, tmp_path / "whole", monkeypatch)
+    at_flush = stages_of_flushes(request, tmp_path / "whole", monkeypatch)
     monkeypatch.setenv("UNLEARN_CACHE", "")
     expected = files(tmp_path / "whole")
     source = files(world.planted)
-    stages = set()
-    for at in range(4, flushes + 1, step):
+    every = {"inputs", "sets", "before", "reference", "edit", "after", "compare", "report"}
+    assert every <= set(at_flush)
+    points: dict[str | None, list[int]] = {}
+    for at, stage in enumerate(at_flush, start=1):
+        if stage is not None:
+            points.setdefault(stage, []).append(at)
+    for stage, at in (
+        (s, at) for s, found in points.items() for at in (found if everywhere else [found[len(found) // 2]])
+    ):
         out = tmp_path / f"killed-{at}"
         status = run_and_die(request, out, at)
-        assert os.WIFSIGNALED(status), f"flush {at} of {flushes} did not kill"
-        stages.add(json.loads((out / "run.json").read_text()).get("stage"))
+        assert os.WIFSIGNALED(status), f"flush {at} of {len(at_flush)} did not kill"
+        assert stage_of(out) == stage
         if json.loads((out / "run.json").read_text())["status"] != "done":  # killed after the last word
             run = forget(resume=out)
             assert run.verdict
@@ -294,17 +308,15 @@ def killed_and_resumed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert passed(verify(out))
         assert not [path for path in out.rglob(".*") if path.is_file()], "a partial file stayed behind"
     assert files(world.planted) == source
-    every = {"inputs", "sets", "before", "reference", "edit", "after", "compare", "report"}
-    assert (every if step == 1 else {"before", "reference", "edit", "after"}) <= stages
 
 
-def test_killed_at_many_writes_and_resumed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed_and_resumed(world, tmp_path, monkeypatch, step=6)
+def test_killed_in_every_stage_and_resumed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_and_resumed(world, tmp_path, monkeypatch, everywhere=False)
 
 
 @pytest.mark.slow
 def test_killed_at_every_write_and_resumed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed_and_resumed(world, tmp_path, monkeypatch, step=1)
+    killed_and_resumed(world, tmp_path, monkeypatch, everywhere=True)
 
 
 def test_resume_refuses_another_request_a_finished_run_and_changed_evidence(world: World, tmp_path: Path) -> None:
