@@ -7,6 +7,7 @@ in memory, so an interrupted run resumes to the same bytes.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,8 +121,12 @@ class Workspace:
 
     def release(self) -> None:
         """Let the model in memory go."""
+        if self._loaded is None:
+            return
+        model = weakref.ref(self._loaded[1].model)
         self._loaded = None
-        gc.collect()
+        if model() is not None:  # in a cycle; a collection visits every object there is, so not without need
+            gc.collect()
 
     def identify(self, which: str) -> None:
         """Read a checkpoint's digests, compare them with what the job expects, and note them as an input.

@@ -6,7 +6,6 @@ does. `root` is where requests start; `e1`, `e2`, `e3` are what they lead to.
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import os
@@ -18,7 +17,6 @@ from typing import Any
 from unittest import mock
 
 from tests import tiny
-from unlearn.runs import cache
 
 SUITE = """\
 schema: unlearn.suite/v1
@@ -84,12 +82,10 @@ class Requests:
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Many short runs: what was loaded before them is not looked through after each, versions are read once."""
+    """Many short runs: what was loaded before them is not looked through after each."""
     gc.collect()
     gc.freeze()
-    versions = functools.cache(cache.library_versions)
-    with mock.patch.object(cache, "library_versions", versions):
-        yield
+    yield
     gc.unfreeze()
 
 

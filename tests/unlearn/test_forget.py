@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from unlearn.disk import file_sha256
 from unlearn.runs.job import Options
 from unlearn.runs.verify import passed, verify
 from unlearn.terminal import Display
+from unlearn.workspace import Workspace
 
 VOLATILE = {"run.json", "events.jsonl", "private/lock"}
 
@@ -115,6 +119,27 @@ def test_a_second_request_reads_no_retain_data(world: World, tmp_path: Path, mon
     fresh = forget(request, out=tmp_path / "third")
     for name in ("edit/delta.json", "edit/plan.json", "report/report.json", "report/report.html"):
         assert (fresh.path / name).read_bytes() == (run.path / name).read_bytes(), name
+
+
+def test_one_model_is_in_memory(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that outlives a stage holds on to its model: not the layout of its checkpoint, not a cycle."""
+    real, models, alive = Workspace.load, [], []
+
+    def load(workspace: Workspace, which: str) -> Any:
+        alive.append([which for which, model in models if model() is not None])
+        loaded = real(workspace, which)
+        models.append((which, weakref.ref(loaded.model)))
+        return loaded
+
+    monkeypatch.setattr(Workspace, "load", load)
+    monkeypatch.setenv("UNLEARN_CACHE", "")
+    gc.disable()
+    try:
+        forget(world.request, out=tmp_path / "run")
+    finally:
+        gc.enable()
+    assert [which for which, _ in models] == ["reference", "checkpoint", "edited"]
+    assert alive == [[], [], []]
 
 
 def test_missing_sets_are_drafted(world: World, tmp_path: Path) -> None:

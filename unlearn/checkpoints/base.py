@@ -207,11 +207,12 @@ class Checkpoint(ABC):
                 f"{self.name}: expected one model, whose parameters are tensors on disk, found the difference of two; "
                 "open the checkpoint it was made from"
             )
-        if self._map is None:
+        if self._map is None or not self._map.maps(model):
             from unlearn.checkpoints.diskmap import DiskMap
 
             found = DiskMap(model, self.tensor_names())
-            found.check(self.load_tensor)
+            if self._map is None:  # a second model of this checkpoint, edited by now perhaps, is laid out alike
+                found.check(self.load_tensor)
             self._map = found
         return self._map
 

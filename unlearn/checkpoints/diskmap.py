@@ -8,6 +8,7 @@ parameters and which disk tensors belong together, and from then on converts tho
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -31,10 +32,10 @@ class DiskMap:
         """Work out the correspondence.
 
         Args:
-            model: the loaded model.
+            model: the loaded model; it is not kept alive.
             disk: names of the tensors on disk.
         """
-        self._model = model
+        self._reference = weakref.ref(model)
         self._disk = frozenset(disk)
         state = model.state_dict(keep_vars=True)
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
@@ -57,6 +58,17 @@ class DiskMap:
         }
         self._groups = _groups(own)
         self.unused = tuple(sorted(self._disk.difference(*own.values())))
+
+    def maps(self, model: nn.Module) -> bool:
+        """Whether this is the map of that very model."""
+        return self._reference() is model
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self._reference()
+        if model is None:
+            raise RuntimeError("expected the model of this map, found it released")
+        return model
 
     def to_disk(self, tensors: Mapping[str, torch.Tensor], missing: float | None = None) -> dict[str, torch.Tensor]:
         """Lay out tensors shaped like the model's parameters as they lie on disk.

@@ -9,7 +9,7 @@ checkpoint can never be given another's result. Entries hold numbers only, no re
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -25,11 +25,16 @@ LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "pandas",
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that results depend on."""
-    found = {}
-    for name in LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return {name: found for name in LIBRARIES if (found := _version(name)) is not None}
+
+
+@functools.cache
+def _version(name: str) -> str | None:
+    """Read once: it means parsing the package's metadata, and every cache key asks."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def cache_root() -> Path | None:
