@@ -288,7 +288,7 @@ def test_paraphrases_bring_hidden_records_out() -> None:
     tries = [row["record"] for row in result.private]
     assert len(tries) == 2 * len(set(tries)) == 2 * (hidden.RECORDS + hidden.CONTROLS)  # as many for each record
     assert not any("prompt_template" in note for note in result.notes)
-    framed = Asked(world.hidden, given=prompts("records"), prompt_template="Question: {prompt}\n\n")
+    framed = Asked(world.hidden, given=prompts("records"), prompt_template="Question: {prompt}")
     alone = attack(name, framed)
     assert any(note.startswith(f"{hidden.RECORDS} paraphrases do not have") for note in alone.notes)
     framed = Asked(world.hidden, given=prompts("records"), prompt_template="{prompt}")

@@ -167,8 +167,9 @@ def test_a_plain_classifier_with_its_images(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-    images = [ImageRecord(f"i{i}", torch.randn(3, 2, 2), i % 3) for i in range(20)]
-    run = audit(model, images, control=images[:10], suite="quick", out=tmp_path / "run")
+    made = [ImageRecord(f"i{i}", torch.randn(3, 2, 2), i % 3) for i in range(30)]
+    images, never_seen = made[:20], made[20:]
+    run = audit(model, images, control=never_seen, suite="quick", out=tmp_path / "run")
     with torch.no_grad():
         log_p = model(torch.stack([image.pixels for image in images])).log_softmax(-1)
     frame = run.table()
